@@ -1,0 +1,640 @@
+"""A snapshot: a tree of components, each with named sections of bytes.
+
+The classes and their fields are those of Cloud Hypervisor's ``vm-migration`` crate. Nothing here
+recurses, so a tree may be as deep as memory allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, repeat
+from operator import attrgetter
+from pickle import PickleBuffer
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+import attrs
+
+from vmmig.errors import RestoreError, SnapshotError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_V = TypeVar("_V")
+
+_OUT_OF_BAND_BYTES = 1 << 16
+_COMPARED_BYTES = 1 << 16
+_SHOWN = 8
+_FIRST_CYCLE_CHECK = 1 << 16
+
+
+def raw_view(payload: Buffer) -> memoryview:
+    """A flat view of unsigned bytes over a contiguous bytes-like object, without a copy.
+
+    Raises:
+        SnapshotError: It is not bytes-like, or not contiguous.
+
+    >>> import array
+    >>> raw_view(array.array("I", [1, 2])).nbytes
+    8
+    """
+    try:
+        return PickleBuffer(payload).raw()
+    except (TypeError, BufferError, ValueError) as error:
+        raise SnapshotError(
+            f"a section holds a contiguous bytes-like object, not {type(payload).__name__}: {error}"
+        ) from error
+
+
+@attrs.define(eq=False, repr=False)
+class SnapshotDataSection:
+    """One named part of a component's state, as bytes.
+
+    Args:
+        id: The section's id, unique within its snapshot.
+        snapshot: The bytes: any contiguous bytes-like object, which is kept as it is and
+            never copied. What it shows must not change as long as the snapshot is in use.
+
+    Raises:
+        SnapshotError: ``snapshot`` is not a contiguous bytes-like object.
+
+    >>> section = SnapshotDataSection("regs", b"\\x01\\x02")
+    >>> section, section.nbytes
+    (SnapshotDataSection('regs', 2 bytes: 01 02), 2)
+    """
+
+    id: str = ""
+    snapshot: Buffer = b""
+
+    def __attrs_post_init__(self) -> None:
+        if type(self.snapshot) is not bytes:
+            raw_view(self.snapshot)
+
+    @property
+    def nbytes(self) -> int:
+        """The section's size in bytes."""
+        return raw_view(self.snapshot).nbytes
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SnapshotDataSection):
+            return NotImplemented
+        return self is other or (
+            self.id == other.id and _first_difference(self.snapshot, other.snapshot) is None
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        view = raw_view(self.snapshot)
+        start = view[:16].hex(" ")
+        dots = " ..." if view.nbytes > 16 else ""
+        return f"SnapshotDataSection({_short(self.id)}, {view.nbytes} bytes: {start}{dots})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SnapshotDataSection:
+        return SnapshotDataSection(self.id, _value(self.snapshot))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return SnapshotDataSection, (self.id, _pickled(self.snapshot, protocol))
+
+
+@attrs.frozen(eq=False, repr=False)
+class SnapshotPath:
+    """The place of a node in a tree: the ids from below the root down to it.
+
+    It is linked to its parent's place, so that a path costs the same at any depth.
+
+    >>> path = SnapshotPath().child("cpu-manager").child("cpu0")
+    >>> path.ids, str(path)
+    (('cpu-manager', 'cpu0'), "$.snapshots['cpu-manager'].snapshots['cpu0']")
+    """
+
+    parent: SnapshotPath | None = None
+    id: str = ""
+
+    def child(self, id: str) -> SnapshotPath:
+        """The place of the child ``id``."""
+        return SnapshotPath(self, id)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids from below the root down to this node; empty for the root itself."""
+        ids = []
+        place = self
+        while place.parent is not None:
+            ids.append(place.id)
+            place = place.parent
+        return tuple(reversed(ids))
+
+    def section(self, id: str) -> str:
+        """The place of a section of this node, as text."""
+        return f"{self}.snapshot_data[{_short(id)}]"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        return self.ids == other.ids if isinstance(other, SnapshotPath) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.ids)
+
+    def __str__(self) -> str:
+        steps = [f".snapshots[{_short(id)}]" for id in self.ids]
+        if len(steps) > 2 * _SHOWN:
+            steps[_SHOWN:-_SHOWN] = [f"...({len(steps) - 2 * _SHOWN} more)..."]
+        return "$" + "".join(steps)
+
+    def __repr__(self) -> str:
+        return f"<SnapshotPath {self}>"
+
+
+@attrs.define(eq=False, repr=False)
+class Snapshot:
+    """A component's snapshot: its own sections, and the snapshots of its sub-components.
+
+    Nodes of the tree usually have children and no sections, leaves sections and no children.
+
+    Args:
+        id: The component's id.
+        snapshots: The sub-components' snapshots, by their ids.
+        snapshot_data: The component's own sections, by their ids.
+
+    >>> vm = Snapshot("vm")
+    >>> cpu = Snapshot("cpu")
+    >>> cpu.add_data_section(SnapshotDataSection("regs", bytes(128)))
+    >>> vm.add_snapshot(cpu)
+    >>> vm
+    Snapshot('vm', snapshots: ['cpu'])
+    >>> vm.find("cpu").section("regs").nbytes
+    128
+    """
+
+    id: str = ""
+    snapshots: dict[str, Snapshot] = attrs.field(factory=dict)
+    snapshot_data: dict[str, SnapshotDataSection] = attrs.field(factory=dict)
+
+    def add_snapshot(self, snapshot: Snapshot) -> None:
+        """Add a sub-component's snapshot; one of the same id is replaced.
+
+        >>> vm = Snapshot("vm")
+        >>> vm.add_snapshot(Snapshot("cpu"))
+        >>> list(vm.snapshots)
+        ['cpu']
+        """
+        self.snapshots[snapshot.id] = snapshot
+
+    def add_data_section(self, section: SnapshotDataSection) -> None:
+        """Add a section to the component's own data; one of the same id is replaced.
+
+        >>> cpu = Snapshot("cpu")
+        >>> cpu.add_data_section(SnapshotDataSection("regs", b"old"))
+        >>> cpu.add_data_section(SnapshotDataSection("regs", b"new"))
+        >>> cpu.snapshot_data["regs"].snapshot
+        b'new'
+        """
+        self.snapshot_data[section.id] = section
+
+    def section(self, id: str) -> SnapshotDataSection:
+        """The component's own section ``id``.
+
+        Raises:
+            RestoreError: There is none; the error names those there are.
+
+        >>> Snapshot("cpu").section("regs")
+        Traceback (most recent call last):
+        vmmig.errors.RestoreError: Failed to restore migratable component: snapshot 'cpu' has no \
+section 'regs' (it has none)
+        """
+        try:
+            return self.snapshot_data[id]
+        except KeyError:
+            raise RestoreError(
+                f"snapshot {_short(self.id)} has no section {_short(id)} "
+                f"({_what_there_is(self.snapshot_data)})"
+            ) from None
+
+    def find(self, path: str | Iterable[str]) -> Snapshot:
+        """The node at ``path``: ids joined by ``/``, or a sequence of ids (which may hold ``/``).
+
+        Raises:
+            RestoreError: There is none; the error names the ids that are there instead.
+
+        >>> vm = Snapshot("vm")
+        >>> vm.add_snapshot(Snapshot("cpu"))
+        >>> vm.find("cpu") is vm.find(["cpu"]) is vm.snapshots["cpu"], vm.find("") is vm
+        (True, True)
+        """
+        node, place = self, SnapshotPath()
+        for id in (path.split("/") if path else []) if isinstance(path, str) else path:
+            if id not in node.snapshots:
+                raise RestoreError(
+                    f"there is no snapshot {_short(id)} at {place} "
+                    f"({_what_there_is(node.snapshots)})"
+                )
+            node, place = node.snapshots[id], place.child(id)
+        return node
+
+    def walk(self) -> Iterator[tuple[SnapshotPath, Snapshot]]:
+        """Every node with its place: the root first, each node before its children, in id order.
+
+        Raises:
+            SnapshotError: A node is its own ancestor.
+
+        >>> vm = Snapshot("vm")
+        >>> vm.add_snapshot(Snapshot("ram"))
+        >>> vm.add_snapshot(Snapshot("cpu"))
+        >>> [(str(path), node.id) for path, node in vm.walk()]
+        [('$', 'vm'), ("$.snapshots['cpu']", 'cpu'), ("$.snapshots['ram']", 'ram')]
+        """
+        stack: list[tuple[SnapshotPath, Snapshot]] = [(SnapshotPath(), self)]
+        seen, check_at = 0, _FIRST_CYCLE_CHECK
+        while stack:
+            place, node = stack.pop()
+            yield place, node
+            if node.snapshots:
+                children = sorted(node.snapshots.items(), reverse=True)
+                stack.extend((place.child(id), child) for id, child in children)
+            seen += 1
+            if seen == check_at:
+                _refuse_cycle(self)
+                check_at *= 2
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshot):
+            return NotImplemented
+        pairs: list[tuple[Snapshot, Snapshot]] = [(self, other)]
+        while pairs:
+            a, b = pairs.pop()
+            if a is b:
+                continue
+            if (
+                a.id != b.id
+                or a.snapshots.keys() != b.snapshots.keys()
+                or a.snapshot_data != b.snapshot_data
+            ):
+                return False
+            pairs.extend((child, b.snapshots[id]) for id, child in a.snapshots.items())
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        text = f"Snapshot({_short(self.id)}"
+        if self.snapshots:
+            text += f", snapshots: [{_shown(self.snapshots, _short)}]"
+        if self.snapshot_data:
+            sized = {
+                f"{_short(id)}: {section.nbytes} bytes": section
+                for id, section in list(self.snapshot_data.items())[: _SHOWN + 1]
+            }
+            more = len(self.snapshot_data) - len(sized)
+            text += f", snapshot_data: [{_shown(sized, str, more)}]"
+        return text + ")"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
+        columns = flatten(self)
+        payloads = [_value(payload) for payload in columns.payloads]
+        return build(columns._replace(payloads=payloads))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        columns = flatten(self)
+        payloads = [_pickled(payload, protocol) for payload in columns.payloads]
+        return build, (tuple(columns._replace(payloads=payloads)),)
+
+
+@attrs.frozen(eq=False)
+class Difference:
+    """One place where two snapshots differ.
+
+    Attributes:
+        path: The node.
+        section: The id of the section that differs; None where it is the node itself.
+        change: What ``b`` did to ``a``. An added or removed node stands for all below it.
+        before: The node or section of ``a``; None where it was added.
+        after: The node or section of ``b``; None where it was removed.
+        first_byte: Where both have the section, the first byte that differs.
+    """
+
+    path: SnapshotPath
+    section: str | None
+    change: Literal["added", "removed", "changed"]
+    before: Snapshot | SnapshotDataSection | None = None
+    after: Snapshot | SnapshotDataSection | None = None
+    first_byte: int | None = None
+
+    def __str__(self) -> str:
+        place = str(self.path) if self.section is None else self.path.section(self.section)
+        if self.change != "changed":
+            return f"{place}: {self.change} {self.after or self.before!r}"
+        if isinstance(self.before, SnapshotDataSection) and self.first_byte is not None:
+            assert isinstance(self.after, SnapshotDataSection)
+            return (
+                f"{place}: changed from byte {self.first_byte} on "
+                f"({self.before.nbytes} -> {self.after.nbytes} bytes)"
+            )
+        assert self.before is not None
+        assert self.after is not None
+        return f"{place}: id changed from {_short(self.before.id)} to {_short(self.after.id)}"
+
+
+def diff(a: Snapshot, b: Snapshot) -> Iterator[Difference]:
+    """Where ``b`` differs from ``a``, each node before its children, in id order.
+
+    >>> a, b = Snapshot("vm"), Snapshot("vm")
+    >>> b.add_snapshot(Snapshot("nic"))
+    >>> a.add_data_section(SnapshotDataSection("config", b"cpus=1"))
+    >>> b.add_data_section(SnapshotDataSection("config", b"cpus=2"))
+    >>> for difference in diff(a, b):
+    ...     print(difference)
+    $.snapshot_data['config']: changed from byte 5 on (6 -> 6 bytes)
+    $.snapshots['nic']: added Snapshot('nic')
+    """
+    stack: list[tuple[SnapshotPath, Snapshot | None, Snapshot | None]] = [(SnapshotPath(), a, b)]
+    while stack:
+        place, before, after = stack.pop()
+        if before is None or after is None:
+            yield Difference(place, None, "added" if before is None else "removed", before, after)
+            continue
+        if before.id != after.id:
+            yield Difference(place, None, "changed", before, after)
+        for id in sorted(before.snapshot_data.keys() | after.snapshot_data.keys()):
+            old, new = before.snapshot_data.get(id), after.snapshot_data.get(id)
+            if old is None or new is None:
+                yield Difference(place, id, "added" if old is None else "removed", old, new)
+                continue
+            first = _first_difference(old.snapshot, new.snapshot)
+            if first is not None or old.id != new.id:
+                yield Difference(place, id, "changed", old, new, first)
+        ids = sorted(before.snapshots.keys() | after.snapshots.keys(), reverse=True)
+        stack.extend(
+            (place.child(id), before.snapshots.get(id), after.snapshots.get(id)) for id in ids
+        )
+
+
+class Columns(NamedTuple):
+    """A tree as flat lists: the nodes in breadth-first order, children and sections in id order.
+
+    `flatten` makes it and `build` takes it; depth costs neither of them anything.
+
+    >>> vm = Snapshot("vm")
+    >>> vm.add_snapshot(Snapshot("cpu"))
+    >>> flatten(vm)
+    Columns(ids=['vm', 'cpu'], children=[1, 0], sections=[0, 0], section_ids=[], payloads=[])
+    """
+
+    ids: list[str]
+    """Each node's id."""
+    children: list[int]
+    """How many children each node has; they follow in the same order."""
+    sections: list[int]
+    """How many sections each node has."""
+    section_ids: list[str]
+    """Each section's id, node by node."""
+    payloads: list[Any]
+    """Each section's bytes-like object, in the same order."""
+
+    def path(self, node: int) -> SnapshotPath:
+        """The place of the ``node``-th node, for messages: takes time linear in the tree."""
+        parents = [0]
+        for parent, count in enumerate(self.children):
+            parents.extend(repeat(parent, count))
+        ids = []
+        while node > 0:
+            ids.append(self.ids[node])
+            node = parents[node]
+        place = SnapshotPath()
+        for id in reversed(ids):
+            place = place.child(id)
+        return place
+
+    def section_place(self, section: int) -> str:
+        """The place of the ``section``-th section, for messages."""
+        ends = accumulate(self.sections)
+        node = next(node for node, end in enumerate(ends) if section < end)
+        return self.path(node).section(self.section_ids[section])
+
+
+def flatten(root: Snapshot) -> Columns:
+    """The columns of the tree below ``root``; payloads are not copied.
+
+    Raises:
+        SnapshotError: A node is its own ancestor, is kept under an id that is not its own,
+            or something in the tree is not what it should be; the error names the place.
+
+    >>> flatten(Snapshot("vm")).ids
+    ['vm']
+    """
+    nodes = [root]
+    keys: list[str] = [getattr(root, "id", "")]
+    sections: list[SnapshotDataSection] = []
+    section_keys: list[str] = []
+    check_at = _FIRST_CYCLE_CHECK
+    try:
+        for node in nodes:
+            below = node.snapshots
+            if below:
+                names = sorted(below) if len(below) > 1 else below
+                keys.extend(names)
+                nodes.extend([below[name] for name in names])
+                if len(nodes) >= check_at:
+                    _refuse_cycle(root)
+                    check_at *= 2
+            own = node.snapshot_data
+            if own:
+                if len(own) == 1:
+                    section_keys.extend(own)
+                    sections.extend(own.values())
+                else:
+                    names = sorted(own)
+                    section_keys.extend(names)
+                    sections.extend([own[name] for name in names])
+        columns = Columns(
+            list(map(attrgetter("id"), nodes)),
+            [len(node.snapshots) for node in nodes],
+            [len(node.snapshot_data) for node in nodes],
+            list(map(attrgetter("id"), sections)),
+            list(map(attrgetter("snapshot"), sections)),
+        )
+        sound = (
+            columns.ids == keys
+            and columns.section_ids == section_keys
+            and {*map(type, keys), *map(type, section_keys)} <= {str}
+        )
+    except SnapshotError:
+        raise
+    except Exception as error:
+        _explain(root, error)
+        raise SnapshotError(error) from error
+    if not sound:
+        _explain(root, None)
+    return columns
+
+
+def build(columns: Iterable[Any]) -> Snapshot:
+    """The tree of ``columns``; the reverse of `flatten`.
+
+    The payloads may also be sections, which then are taken as they are.
+
+    Raises:
+        RestoreError: The columns do not describe one tree, or two siblings share an id.
+
+    >>> build(flatten(Snapshot("vm"))) == Snapshot("vm")
+    True
+    """
+    columns = Columns(*columns)
+    ids, children, per_node, section_ids, payloads = columns
+    if not (
+        len(ids) == len(children) == len(per_node) == sum(children) + 1
+        and len(section_ids) == len(payloads) == sum(per_node)
+        and min(children) >= 0
+        and min(per_node) >= 0
+    ):
+        raise RestoreError("the columns of the tree disagree in their lengths")
+    if payloads and isinstance(payloads[0], SnapshotDataSection):
+        sections = payloads
+    else:
+        sections = make_sections(section_ids, payloads)
+    # The attributes are loop targets: the fastest way there is to fill many slots.
+    nodes = [*map(object.__new__, repeat(Snapshot, len(ids)))]
+    below = _grouped(columns, children, ids[1:], nodes[1:], "snapshots")
+    own = _grouped(columns, per_node, section_ids, sections, "snapshot_data")
+    node: Snapshot
+    for node, node.id, node.snapshots, node.snapshot_data in zip(  # noqa: B007
+        nodes, ids, below, own, strict=True
+    ):
+        pass
+    return nodes[0]
+
+
+def make_sections(ids: list[str], payloads: list[Any]) -> list[SnapshotDataSection]:
+    """Sections of payloads that are known to be contiguous and bytes-like.
+
+    >>> make_sections(["a"], [b"x"])
+    [SnapshotDataSection('a', 1 bytes: 78)]
+    """
+    sections = [*map(object.__new__, repeat(SnapshotDataSection, len(ids)))]
+    section: SnapshotDataSection
+    for section, section.id, section.snapshot in zip(  # noqa: B007
+        sections, ids, payloads, strict=True
+    ):
+        pass
+    return sections
+
+
+def _grouped(
+    columns: Columns,
+    counts: list[int],
+    keys: list[str],
+    values: list[_V],
+    what: str,
+) -> list[dict[str, _V]]:
+    groups: list[dict[str, _V]] = []
+    start = 0
+    for count in counts:
+        if not count:
+            groups.append({})
+            continue
+        if what == "snapshots" and start < len(groups):
+            raise RestoreError(f"node {len(groups)} of the tree has no parent")
+        if count == 1:
+            groups.append({keys[start]: values[start]})
+            start += 1
+            continue
+        end = start + count
+        group = dict(zip(keys[start:end], values[start:end], strict=True))
+        if len(group) != count:
+            names = keys[start:end]
+            twice = next(name for name in names if names.count(name) > 1)
+            place = columns.path(len(groups))
+            raise RestoreError(f"{place}.{what}[{_short(twice)}] is there more than once")
+        groups.append(group)
+        start = end
+    return groups
+
+
+def _refuse_cycle(root: Snapshot) -> None:
+    """Raise if a node is its own ancestor: visits each node once, however often it is shared."""
+    open_nodes, done = {id(root)}, set()
+    stack = [(root, SnapshotPath(), iter(root.snapshots.items()))]
+    while stack:
+        node, place, rest = stack[-1]
+        for key, child in rest:
+            if id(child) in open_nodes:
+                raise SnapshotError(f"the snapshot at {place.child(key)} is its own ancestor")
+            if id(child) not in done:
+                open_nodes.add(id(child))
+                stack.append((child, place.child(key), iter(child.snapshots.items())))
+                break
+        else:
+            open_nodes.discard(id(node))
+            done.add(id(node))
+            stack.pop()
+
+
+def _explain(root: Any, error: Exception | None) -> None:
+    """Name the first thing in the tree that is not what it should be."""
+    if not isinstance(root, Snapshot):
+        raise SnapshotError(f"a Snapshot is needed, not {type(root).__name__}") from error
+    if not isinstance(root.id, str):
+        raise SnapshotError(f"$: the id is not a str: {root.id!r}") from error
+    stack = [(SnapshotPath(), root)]
+    while stack:
+        place, node = stack.pop()
+        for name, kind in (("snapshots", Snapshot), ("snapshot_data", SnapshotDataSection)):
+            for key, value in getattr(node, name).items():
+                at = f"{place}.{name}[{key!r}]"
+                if not isinstance(key, str):
+                    raise SnapshotError(f"{at}: the id is not a str") from error
+                if not isinstance(value, kind):
+                    raise SnapshotError(
+                        f"{at}: a {kind.__name__} is needed, not {type(value).__name__}"
+                    ) from error
+                if value.id != key:
+                    raise SnapshotError(
+                        f"{at}: kept under this id, but its own id is {value.id!r}"
+                    ) from error
+        stack.extend((place.child(key), child) for key, child in node.snapshots.items())
+
+
+def _first_difference(a: Buffer, b: Buffer) -> int | None:
+    """The first byte at which two payloads differ; None where they do not."""
+    if a is b or (type(a) is bytes and type(b) is bytes and a == b):
+        return None
+    a, b = raw_view(a), raw_view(b)
+    shared = min(a.nbytes, b.nbytes)
+    for start in range(0, shared, _COMPARED_BYTES):
+        one = bytes(a[start : start + _COMPARED_BYTES])
+        two = bytes(b[start : start + _COMPARED_BYTES])
+        if one != two and one[: shared - start] != two[: shared - start]:
+            return start + next(i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y)
+    return None if a.nbytes == b.nbytes else shared
+
+
+def _value(payload: Buffer) -> Buffer:
+    """The payload as a value of its own: copied unless nothing can change it."""
+    if type(payload) is bytes:
+        return payload
+    view = raw_view(payload)
+    return payload if type(view.obj) is bytes else bytes(view)
+
+
+def _pickled(payload: Buffer, protocol: int) -> Buffer | PickleBuffer:
+    view = raw_view(payload)
+    if protocol >= 5 and view.nbytes >= _OUT_OF_BAND_BYTES:
+        return PickleBuffer(view)
+    return payload if type(payload) is bytes else bytes(view)
+
+
+def _short(id: object) -> str:
+    text = repr(id)
+    return text if len(text) <= 80 else f"{text[:60]}...({len(text)} characters)"
+
+
+def _shown(ids: Iterable[str], show: Any, more: int = 0) -> str:
+    ids = list(ids)
+    shown = [show(id) for id in ids[:_SHOWN]]
+    more += len(ids) - len(shown)
+    return ", ".join(shown) + (f", ... {more} more" if more else "")
+
+
+def _what_there_is(ids: Sequence[str] | dict[str, Any]) -> str:
+    return f"it has {_shown(ids, _short)}" if ids else "it has none"
