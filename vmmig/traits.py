@@ -72,8 +72,8 @@ class Snapshottable(Pausable, Protocol):
         """
         return Snapshot("")
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Take over the state of ``snapshot``.
+    def restore(self, snapshot: Snapshot) -> object:
+        """Take over the state of ``snapshot``; what it returns is a report, if anything.
 
         Raises:
             RestoreError: The snapshot does not fit; the component is as it was.
