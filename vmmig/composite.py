@@ -246,9 +246,7 @@ class Composite(UrlTransport):
         if (strange or sections) and unknown == "error":
             parts = [f"snapshots {_names(strange)}"] if strange else []
             parts += [f"sections {_names(sections)}"] if sections else []
-            wrong.append(
-                f"no component knows its {' and '.join(parts)} (unknown='keep' allows it)"
-            )
+            wrong.append(f"no component knows its {' and '.join(parts)} (unknown='keep' allows it)")
         if wrong:
             raise RestoreError(
                 "the snapshot does not fit: " + "; ".join(wrong), component_path=self._id
@@ -325,8 +323,8 @@ class Composite(UrlTransport):
         for known in errors:
             by_path.update(known.component_states)
         if not isinstance(error, Exception):
-            for problem in errors:
-                error.add_note(f"while undoing: {problem}")
+            for undoing in errors:
+                error.add_note(f"while undoing: {undoing}")
             raise error
         if len(errors) == 1:
             errors[0].component_states = by_path

@@ -76,7 +76,7 @@ class MigratableError(Exception):
         return f"{self._prefix}{where}{_text(self.cause)}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), _picklable(self.cause), _facts(self))
+        return _rebuild, (type(self), _picklable(self.cause), vars(self))
 
 
 class PauseError(MigratableError):
@@ -246,7 +246,7 @@ class MigratableErrorGroup(MigratableError, ExceptionGroup[MigratableError]):
         return "\n  - ".join([f"{super().__str__()}:", *map(str, self.exceptions)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_group, (type(self), self.message, list(self.exceptions), _facts(self))
+        return _rebuild_group, (type(self), self.message, list(self.exceptions), vars(self))
 
 
 class PauseErrorGroup(MigratableErrorGroup, PauseError):
@@ -286,10 +286,6 @@ def _text(cause: object) -> str:
     if isinstance(cause, KeyError) or (isinstance(cause, BaseException) and not text):
         return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
     return text
-
-
-def _facts(error: BaseException) -> dict[str, Any]:
-    return {name: value for name, value in vars(error).items() if not name.startswith("__")}
 
 
 def _picklable(cause: object) -> object:

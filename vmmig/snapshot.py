@@ -6,18 +6,20 @@ recurses, so a tree may be as deep as memory allows.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, repeat
-from operator import attrgetter
+from itertools import accumulate, islice, repeat
 from pickle import PickleBuffer
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import attrs
 
 from vmmig.errors import RestoreError, SnapshotError
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+if sys.version_info >= (3, 12):
+    from collections.abc import Buffer as Buffer
+else:
+    from typing_extensions import Buffer as Buffer
 
 _V = TypeVar("_V")
 
@@ -38,7 +40,14 @@ def raw_view(payload: Buffer) -> memoryview:
     8
     """
     try:
-        return PickleBuffer(payload).raw()
+        view = memoryview(payload)
+        if view.format == "B" and view.ndim == 1 and view.contiguous:
+            return view
+        if not view.nbytes:
+            return memoryview(b"")
+        # Not for all: a memoryview of a memoryview that a PickleBuffer holds, when in a garbage
+        # cycle, crashes CPython 3.11.
+        return view.cast("B") if view.c_contiguous else PickleBuffer(payload).raw()
     except (TypeError, BufferError, ValueError) as error:
         raise SnapshotError(
             f"a section holds a contiguous bytes-like object, not {type(payload).__name__}: {error}"
@@ -293,12 +302,12 @@ section 'regs' (it has none)
     def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
         columns = flatten(self)
         payloads = [_value(payload) for payload in columns.payloads]
-        return build(columns._replace(payloads=payloads))
+        return build(*columns[:4], payloads)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         columns = flatten(self)
         payloads = [_pickled(payload, protocol) for payload in columns.payloads]
-        return build, (tuple(columns._replace(payloads=payloads)),)
+        return build, (*columns[:4], payloads)
 
 
 @attrs.frozen(eq=False)
@@ -423,42 +432,37 @@ def flatten(root: Snapshot) -> Columns:
     >>> flatten(Snapshot("vm")).ids
     ['vm']
     """
-    nodes = [root]
-    keys: list[str] = [getattr(root, "id", "")]
-    sections: list[SnapshotDataSection] = []
-    section_keys: list[str] = []
-    check_at = _FIRST_CYCLE_CHECK
+    nodes: list[Any] = [root]
+    keys: list[Any] = [getattr(root, "id", "")]
+    ahead, asked, batch = iter(nodes), 0, _FIRST_CYCLE_CHECK
     try:
-        for node in nodes:
-            below = node.snapshots
-            if below:
-                names = sorted(below) if len(below) > 1 else below
-                keys.extend(names)
-                nodes.extend([below[name] for name in names])
-                if len(nodes) >= check_at:
-                    _refuse_cycle(root)
-                    check_at *= 2
-            own = node.snapshot_data
-            if own:
-                if len(own) == 1:
-                    section_keys.extend(own)
-                    sections.extend(own.values())
-                else:
-                    names = sorted(own)
-                    section_keys.extend(names)
-                    sections.extend([own[name] for name in names])
+        while True:
+            for node in islice(ahead, batch):
+                if below := node.snapshots:
+                    names = sorted(below) if len(below) > 1 else below
+                    keys += names
+                    nodes += [below[name] for name in names]
+            asked += batch
+            if asked >= len(nodes):
+                break
+            _refuse_cycle(root)
+            batch = asked
+        own = [node.snapshot_data for node in nodes]
+        counts = [*map(len, own)]
+        if max(counts) > 1:
+            own = [d if len(d) < 2 else {name: d[name] for name in sorted(d)} for d in own]
+        section_keys = [name for d in own for name in d]
+        sections = [d[name] for d in own for name in d]
         columns = Columns(
-            list(map(attrgetter("id"), nodes)),
+            [node.id for node in nodes],
             [len(node.snapshots) for node in nodes],
-            [len(node.snapshot_data) for node in nodes],
-            list(map(attrgetter("id"), sections)),
-            list(map(attrgetter("snapshot"), sections)),
+            counts,
+            [section.id for section in sections],
+            [section.snapshot for section in sections],
         )
-        sound = (
-            columns.ids == keys
-            and columns.section_ids == section_keys
-            and {*map(type, keys), *map(type, section_keys)} <= {str}
-        )
+        sound = columns.ids == keys and columns.section_ids == section_keys
+        "".join(keys)
+        "".join(section_keys)
     except SnapshotError:
         raise
     except Exception as error:
@@ -469,34 +473,42 @@ def flatten(root: Snapshot) -> Columns:
     return columns
 
 
-def build(columns: Iterable[Any]) -> Snapshot:
-    """The tree of ``columns``; the reverse of `flatten`.
+def build(
+    ids: list[str],
+    children: list[int],
+    per_node: list[int],
+    section_ids: list[str],
+    payloads: list[Any],
+) -> Snapshot:
+    """The tree of a `Columns`' five lists; the reverse of `flatten`.
 
     The payloads may also be sections, which then are taken as they are.
 
     Raises:
         RestoreError: The columns do not describe one tree, or two siblings share an id.
 
-    >>> build(flatten(Snapshot("vm"))) == Snapshot("vm")
+    >>> build(*flatten(Snapshot("vm"))) == Snapshot("vm")
     True
     """
-    columns = Columns(*columns)
-    ids, children, per_node, section_ids, payloads = columns
     if not (
         len(ids) == len(children) == len(per_node) == sum(children) + 1
         and len(section_ids) == len(payloads) == sum(per_node)
-        and min(children) >= 0
-        and min(per_node) >= 0
     ):
         raise RestoreError("the columns of the tree disagree in their lengths")
     if payloads and isinstance(payloads[0], SnapshotDataSection):
         sections = payloads
     else:
         sections = make_sections(section_ids, payloads)
-    # The attributes are loop targets: the fastest way there is to fill many slots.
     nodes = [*map(object.__new__, repeat(Snapshot, len(ids)))]
-    below = _grouped(columns, children, ids[1:], nodes[1:], "snapshots")
-    own = _grouped(columns, per_node, section_ids, sections, "snapshot_data")
+    try:
+        below = _grouped(children, ids, nodes, 1)
+        own = _grouped(per_node, section_ids, sections, 0)
+    except _TwiceError as error:
+        columns = Columns(ids, children, per_node, section_ids, payloads)
+        what = "snapshots" if error.values is nodes else "snapshot_data"
+        place = f"{columns.path(error.group)}.{what}[{_short(error.key)}]"
+        raise RestoreError(f"{place} is there more than once") from None
+    # The attributes are loop targets: the fastest way there is to fill many slots.
     node: Snapshot
     for node, node.id, node.snapshots, node.snapshot_data in zip(  # noqa: B007
         nodes, ids, below, own, strict=True
@@ -520,33 +532,38 @@ def make_sections(ids: list[str], payloads: list[Any]) -> list[SnapshotDataSecti
     return sections
 
 
+class _TwiceError(Exception):
+    def __init__(self, group: int, key: str, values: list[Any]) -> None:
+        self.group, self.key, self.values = group, key, values
+
+
 def _grouped(
-    columns: Columns,
-    counts: list[int],
-    keys: list[str],
-    values: list[_V],
-    what: str,
+    counts: list[int], keys: list[str], values: list[_V], start: int
 ) -> list[dict[str, _V]]:
+    """For each count a dict of as many of the keys and values, which begin at ``start``.
+
+    With a ``start`` of 1 they are nodes, each of which must stand behind its parent.
+    """
+    nodes = start == 1
     groups: list[dict[str, _V]] = []
-    start = 0
+    add = groups.append
     for count in counts:
         if not count:
-            groups.append({})
+            add({})
             continue
-        if what == "snapshots" and start < len(groups):
+        if nodes and start <= len(groups):
             raise RestoreError(f"node {len(groups)} of the tree has no parent")
         if count == 1:
-            groups.append({keys[start]: values[start]})
+            add({keys[start]: values[start]})
             start += 1
             continue
         end = start + count
-        group = dict(zip(keys[start:end], values[start:end], strict=True))
+        names = keys[start:end]
+        group = dict(zip(names, values[start:end], strict=True))
         if len(group) != count:
-            names = keys[start:end]
             twice = next(name for name in names if names.count(name) > 1)
-            place = columns.path(len(groups))
-            raise RestoreError(f"{place}.{what}[{_short(twice)}] is there more than once")
-        groups.append(group)
+            raise _TwiceError(len(groups), twice, values)
+        add(group)
         start = end
     return groups
 
