@@ -86,8 +86,9 @@ _SPLIT_AT_ONCE = 1 << 14
 class Limits:
     """What a decoder refuses before it spends memory on it.
 
-    A decoded tree takes about 500 bytes of memory a node and 200 a section, besides the ids and
-    the sections' bytes; what is refused takes at most twice the size of the input.
+    A tree is built only once its columns agree, and then takes about 400 bytes of memory a node
+    and 200 a section, besides the ids and the sections' bytes. Until then, decoding takes at
+    most twice the size of the input.
 
     Attributes:
         max_nodes: Nodes and sections of the tree, together.
@@ -453,7 +454,9 @@ def _index_in(elements: Iterable[Any], _: Any) -> Columns:
             where="index",
         )
     _check_types(names, str, "index")
-    return Columns(names[:nodes], children, sections, names[nodes:], lengths)
+    return Columns(
+        names[:nodes], children.tolist(), sections.tolist(), names[nodes:], lengths.tolist()
+    )
 
 
 _converter = make_converter()
@@ -732,7 +735,7 @@ def _decode_table(layout: _Layout, data: memoryview) -> list[int]:
         raise DecodeError("damaged: its checksum does not match", where="table of checksums")
     if any(data[: -8 * layout.sums - 8]):
         raise DecodeError("the bytes before it are not zero", where="table of checksums")
-    return _unpacked("Q", bytes(table), "table of checksums")
+    return _unpacked("Q", bytes(table), "checksums").tolist()
 
 
 def _split(data: memoryview, lengths: list[int]) -> list[bytes]:
@@ -817,11 +820,11 @@ def _packed(code: str, values: list[int]) -> bytes:
     return column.tobytes()
 
 
-def _unpacked(code: str, data: Any, name: str) -> list[int]:
-    column = array(code)
-    if type(data) is not bytes or len(data) % column.itemsize:
+def _unpacked(code: str, data: Any, name: str) -> memoryview:
+    if type(data) is not bytes or len(data) % array(code).itemsize:
         raise DecodeError(f"its column of {name} is not what it should be", where="index")
-    column.frombytes(data)
     if sys.byteorder == "big":
+        column = array(code, data)
         column.byteswap()
-    return column.tolist()
+        return memoryview(column)
+    return memoryview(data).cast(code)
