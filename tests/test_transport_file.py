@@ -499,8 +499,10 @@ def test_chunks_that_are_no_contiguous_bytes(tmp_path: Path, chunk: Any) -> None
 
 
 @given(path=st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1))
+@example(path="//")
 def test_a_url_means_the_path_that_was_quoted(path: str) -> None:
-    assert file.path_of(f"file:{quote(path)}") == path or path.startswith("//")
+    if not path.startswith("//"):
+        assert file.path_of(f"file:{quote(path)}") == path
     assert file.path_of(f"file:///{quote(path)}") == f"/{path}"
     assert file.path_of(f"file://localhost/{quote(path)}") == f"/{path}"
     assert file.path_of(f"FILE:/{quote(path, safe='')}") == f"/{path}"

@@ -281,11 +281,14 @@ def _batches(chunks: Iterable[Buffer]) -> Iterator[list[memoryview]]:
     room_bytes = _WRITE_BYTES
     for chunk in chunks:
         view = PickleBuffer(chunk).raw()
-        while view.nbytes:
-            batch.append(view[:room_bytes])
+        while len(view) >= room_bytes:
+            yield [*batch, view[:room_bytes]]
             view = view[room_bytes:]
-            room_bytes -= batch[-1].nbytes
-            if not room_bytes or len(batch) == _WRITE_BUFFERS:
+            batch, room_bytes = [], _WRITE_BYTES
+        if view:
+            batch.append(view)
+            room_bytes -= len(view)
+            if len(batch) == _WRITE_BUFFERS:
                 yield batch
                 batch, room_bytes = [], _WRITE_BYTES
     if batch:
