@@ -137,16 +137,17 @@ def write_chunks(fd: int, chunks: Iterable[Buffer]) -> int:
     >>> os.read(read_end, 100)
     b'two chunks'
     """
-    written_bytes = 0
+    written_bytes = started_bytes = 0
     for batch in _batches(chunks):
-        batch_bytes = sum(view.nbytes for view in batch)
+        written_bytes += sum(map(len, batch))
         _write_all(fd, batch)
-        if batch_bytes == _WRITE_BYTES:
+        behind_bytes = written_bytes - started_bytes
+        if behind_bytes >= _WRITE_BYTES:
             # Starts to bring the dirty pages to the disk while more are written, so that fsync
             # has less to wait for; those that are on their way stay in the cache.
             with suppress(OSError):
-                os.posix_fadvise(fd, written_bytes, batch_bytes, os.POSIX_FADV_DONTNEED)
-        written_bytes += batch_bytes
+                os.posix_fadvise(fd, started_bytes, behind_bytes, os.POSIX_FADV_DONTNEED)
+            started_bytes = written_bytes
     return written_bytes
 
 
@@ -221,8 +222,6 @@ def _destination(path: str) -> tuple[str, str]:
     if os.path.islink(path):
         path = os.path.realpath(path)
     folder, name = os.path.split(path)
-    if name in ("", ".", ".."):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     return folder or ".", name
 
 
@@ -299,8 +298,8 @@ def _write_all(fd: int, batch: list[memoryview]) -> None:
     first = 0
     while first < len(batch):
         written_bytes = os.writev(fd, batch[first:])
-        while first < len(batch) and written_bytes >= batch[first].nbytes:
-            written_bytes -= batch[first].nbytes
+        while first < len(batch) and written_bytes >= len(batch[first]):
+            written_bytes -= len(batch[first])
             first += 1
         if written_bytes:
             batch[first] = batch[first][written_bytes:]
