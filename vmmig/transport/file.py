@@ -1,0 +1,311 @@
+"""Files: ``file:///path``, ``file:path`` and plain paths.
+
+A file is written under another name (``.vmmig-<16 hex digits>.part``) in the folder where it
+will be, fsynced, renamed over the old one, and the folder is fsynced: after a crash at any point
+the old file or the new one is there, whole. A process that is killed may leave its part file
+behind, which may be deleted. (A file without a name would leave nothing, but it cannot replace
+one that exists, and not every file system can make one.)
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pickle import PickleBuffer
+from typing import TYPE_CHECKING
+
+from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_WRITE_BYTES = 8 << 20
+_WRITE_BUFFERS = 1024
+
+_ADVICE = {
+    errno.EACCES: "change the permissions, or act as a user who has them",
+    errno.EDQUOT: "free some of the quota, or save elsewhere",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or save to another file system",
+    errno.EIO: "the device fails; use another one",
+    errno.EISDIR: "name a file",
+    errno.ELOOP: "the symbolic links lead nowhere; name the file itself",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ENODEV: "its file system cannot map files; copy it to one that can",
+    errno.ENOENT: "check the path, and that its folder exists",
+    errno.ENOSPC: "free some space there, or save elsewhere",
+    errno.ENOTDIR: "a part of the path is a file; check the path",
+    errno.ENXIO: "it is a device, a pipe or a socket; name a regular file",
+    errno.EPERM: "the file or its folder is protected; use another folder, or another user",
+    errno.EROFS: "save elsewhere, or remount it for writing",
+}
+
+
+def send(chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: int) -> None:
+    """Write ``chunks`` to a file, durably and at once: see `vmmig.transport.send`.
+
+    The file's mode is 0600. One that is replaced must be a regular, writable file; where ``url``
+    is a symbolic link, the file it leads to is replaced and the link stays; other hard links to
+    the old file keep its content. The folder must be readable, for it is fsynced.
+
+    Raises:
+        MigrateSendError: The file was not written, and the old one is untouched; or the new one
+            is in its place, but might not survive a power failure. The error says which.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "vm.vmsnap")
+    >>> send([b"abc"], path, total_bytes=4)
+    Traceback (most recent call last):
+    vmmig.errors.MigrateSendError: ...vm.vmsnap': 3 bytes came where 4 were announced...
+    >>> path.exists()
+    False
+    """
+    path = path_of(url, MigrateSendError)
+    try:
+        folder_path, name = _destination(path)
+        folder = os.open(folder_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _replace(folder, name, _checked(chunks, path, total_bytes))
+            try:
+                os.fsync(folder)
+            except OSError as error:
+                raise MigrateSendError(
+                    f"{path!r}: saved, but might not survive a power failure, because its folder "
+                    f"cannot be fsynced ({error.strerror}); save again, or on another file system"
+                ) from error
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise MigrateSendError(_explained(error, path)) from error
+
+
+def recv(url: str | os.PathLike[str]) -> memoryview:
+    """The bytes of a regular file, mapped read-only; a page is read when it is first touched.
+
+    The view outlives the file: one that is replaced or deleted meanwhile, as `send` does it,
+    stays whole in the view. Only a file that is truncated or rewritten in place shows through,
+    and then to touch what was cut off ends the process with SIGBUS.
+
+    Raises:
+        MigrateReceiveError: There is no such file, or it cannot be read or mapped.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "vm.vmsnap")
+    >>> path.write_bytes(b"abc")
+    3
+    >>> bytes(recv(path))
+    b'abc'
+    """
+    path = path_of(url, MigrateReceiveError)
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            status = os.fstat(fd)
+            _refuse_irregular(path, status, MigrateReceiveError)
+            if not status.st_size:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise MigrateReceiveError(_explained(error, path)) from error
+    except ValueError as error:
+        raise MigrateReceiveError(f"{path!r}: it shrank while it was opened; try again") from error
+
+
+def write_chunks(fd: int, chunks: Iterable[Buffer]) -> int:
+    """Write ``chunks``, one behind the other, in large writes; many small ones take one call.
+
+    Args:
+        fd: A blocking descriptor: of a file at its start, a pipe, a socket.
+        chunks: Contiguous bytes-like objects. What they show must not change before the return.
+
+    Returns:
+        How many bytes were written: all there were.
+
+    Raises:
+        OSError: They could not all be written; some may have been.
+
+    >>> read_end, write_end = os.pipe()
+    >>> write_chunks(write_end, [b"two ", b"chunks"])
+    10
+    >>> os.read(read_end, 100)
+    b'two chunks'
+    """
+    written_bytes = started_bytes = 0
+    for batch in _batches(chunks):
+        written_bytes += sum(map(len, batch))
+        _write_all(fd, batch)
+        behind_bytes = written_bytes - started_bytes
+        if behind_bytes >= _WRITE_BYTES:
+            # Starts to bring the dirty pages to the disk while more are written, so that fsync
+            # has less to wait for; those that are on their way stay in the cache.
+            with suppress(OSError):
+                os.posix_fadvise(fd, started_bytes, behind_bytes, os.POSIX_FADV_DONTNEED)
+            started_bytes = written_bytes
+    return written_bytes
+
+
+def path_of(url: str | os.PathLike[str], error: type[MigratableError] = MigratableError) -> str:
+    """The path that a ``file:`` URL, a text or an `os.PathLike` means.
+
+    In a URL, relative ones included, ``%`` and two hexadecimal digits stand for a byte. A plain
+    path is taken as it is.
+
+    Raises:
+        error: It means no file of this machine, or cannot be a path.
+
+    >>> path_of("file:///var/a%20b"), path_of("file:a%20b"), path_of("a%20b")
+    ('/var/a b', 'a b', 'a%20b')
+    """
+    if isinstance(url, str) and url[:5].lower() == "file:":
+        path = _path_of_url(url, error)
+    else:
+        try:
+            path = os.fsdecode(os.fspath(url))
+        except TypeError:
+            raise error(f"a URL or a path is needed, not {type(url).__name__}") from None
+    if not path:
+        raise error(f"{url!r}: the path is empty; name a file")
+    if "\0" in path:
+        raise error(f"{url!r}: no path can have a NUL in it; name another file")
+    _encoded(path, url, error)
+    return path
+
+
+def _path_of_url(url: str, error: type[MigratableError]) -> str:
+    rest = url[5:]
+    if rest.startswith("//"):
+        host, slash, rest = rest[2:].partition("/")
+        rest = slash + rest
+        if host.lower() not in ("", "localhost"):
+            raise error(
+                f"{url!r}: a file on another host ({host!r}) cannot be reached; "
+                "file:///path, with three slashes, is one on this host"
+            )
+    if "?" in rest or "#" in rest:
+        raise error(f"{url!r}: a file URL has no query or fragment; write %3F for ? and %23 for #")
+
+    def byte(match: re.Match[bytes]) -> bytes:
+        if match[1] is None:
+            raise error(f"{url!r}: two hexadecimal digits must follow each %; write %25 for %")
+        return bytes.fromhex(match[1].decode())
+
+    return os.fsdecode(re.sub(rb"%([0-9A-Fa-f]{2})?", byte, _encoded(rest, url, error)))
+
+
+def _encoded(path: str, url: object, error: type[MigratableError]) -> bytes:
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError as cause:
+        raise error(f"{url!r}: no path can have such characters in it: {cause}") from cause
+
+
+def _destination(path: str) -> tuple[str, str]:
+    """The folder and the name of the file to replace or to make."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        pass
+    else:
+        _refuse_irregular(path, status, MigrateSendError)
+        if not os.access(path, os.W_OK, effective_ids=True):
+            raise MigrateSendError(
+                f"{path!r}: it is write-protected; make it writable, or save elsewhere"
+            )
+    # Following the link came first, by stat: so the kernel's own checks of links hold here too.
+    if os.path.islink(path):
+        path = os.path.realpath(path)
+    folder, name = os.path.split(path)
+    return folder or ".", name
+
+
+def _refuse_irregular(path: str, status: os.stat_result, error: type[MigratableError]) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path!r}: it is a device, a pipe or a socket; name a regular file")
+
+
+def _replace(folder: int, name: str, views: Iterable[memoryview]) -> None:
+    part = f".vmmig-{os.urandom(8).hex()}.part"
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags, 0o600, dir_fd=folder)
+
+    try:
+        with open(part, "xb", buffering=0, opener=opener) as file:
+            os.fchmod(file.fileno(), 0o600)
+            write_chunks(file.fileno(), views)
+            os.fsync(file.fileno())
+        os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException as error:
+        try:
+            os.unlink(part, dir_fd=folder)
+        except FileNotFoundError:
+            pass
+        except OSError as second:
+            error.add_note(f"{part!r} is left in the folder ({second.strerror}); delete it")
+        raise
+
+
+def _checked(chunks: Iterable[Buffer], path: str, total_bytes: int) -> Iterator[memoryview]:
+    """The chunks' views; an error where they cannot be had or are not ``total_bytes`` in all."""
+    came_bytes = 0
+    try:
+        for chunk in chunks:
+            view = PickleBuffer(chunk).raw()
+            came_bytes += view.nbytes
+            if came_bytes > total_bytes:
+                break
+            yield view
+    except MigratableError:
+        raise
+    except Exception as error:
+        raise MigrateSendError(f"{path!r}: the bytes to save cannot be had: {error!r}") from error
+    if came_bytes != total_bytes:
+        raise MigrateSendError(
+            f"{path!r}: {came_bytes} bytes came where {total_bytes} were announced; "
+            "the caller must give the chunks' sum as total_bytes"
+        )
+
+
+def _batches(chunks: Iterable[Buffer]) -> Iterator[list[memoryview]]:
+    batch: list[memoryview] = []
+    room_bytes = _WRITE_BYTES
+    for chunk in chunks:
+        view = PickleBuffer(chunk).raw()
+        while len(view) >= room_bytes:
+            yield [*batch, view[:room_bytes]]
+            view = view[room_bytes:]
+            batch, room_bytes = [], _WRITE_BYTES
+        if view:
+            batch.append(view)
+            room_bytes -= len(view)
+            if len(batch) == _WRITE_BUFFERS:
+                yield batch
+                batch, room_bytes = [], _WRITE_BYTES
+    if batch:
+        yield batch
+
+
+def _write_all(fd: int, batch: list[memoryview]) -> None:
+    first = 0
+    while first < len(batch):
+        written_bytes = os.writev(fd, batch[first:])
+        while first < len(batch) and written_bytes >= len(batch[first]):
+            written_bytes -= len(batch[first])
+            first += 1
+        if written_bytes:
+            batch[first] = batch[first][written_bytes:]
+
+
+def _explained(error: OSError, path: str) -> str:
+    what = error.strerror or repr(error)
+    advice = _ADVICE.get(error.errno or 0, "save elsewhere")
+    return "; ".join([f"{path!r}: {what}", advice, *getattr(error, "__notes__", ())])
