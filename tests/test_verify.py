@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmmig.errors import ContractError, MigratableError
@@ -1043,6 +1043,9 @@ def arrives(component_shape, contract_shape):
     return not any(len(places) > 1 and places & by_position for places in landed.values())
 
 
+# (a, /, b) passed to (b, *args, **kwargs), and (a, /, *, b) to (b, **kwargs): b arrives twice.
+@example((0, 1, ("b",), True, (), True), (1, 2, ("a", "b"), False, (), False))
+@example((0, 1, ("b",), False, (), True), (1, 1, ("a",), False, (("b", True),), False))
 @given(shapes(), shapes(variadic=False))
 def test_a_method_is_accepted_if_and_only_if_the_contracts_calls_arrive(component, contract):
     protocol = type("Contract", (Protocol,), {"call": method(contract)})
