@@ -404,7 +404,8 @@ def configure_converter(converter: Converter) -> None:
         counts = fields["children"] + fields["sections"]
         if counts and min(counts) < 0:
             raise DecodeError("a node cannot have fewer than no children", where="index")
-        return build(*[fields[name] for name in Columns._fields[:4]], payloads)
+        ids, children, sections, section_ids = (fields[name] for name in Columns._fields[:4])
+        return build(ids, children, sections, section_ids, payloads)
 
     def section_out(section: SnapshotDataSection) -> dict[str, Any]:
         return {"id": section.id, "snapshot": payload_out(section.snapshot)}
@@ -513,7 +514,7 @@ class _UncheckedSection(SnapshotDataSection):
         self._view: Buffer = view
 
     @property
-    def snapshot(self) -> Buffer:
+    def snapshot(self) -> Buffer:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self._part is not None:
             assert isinstance(self._view, memoryview)
             view = self._view
@@ -827,4 +828,4 @@ def _unpacked(code: str, data: Any, name: str) -> memoryview:
         column = array(code, data)
         column.byteswap()
         return memoryview(column)
-    return memoryview(data).cast(code)
+    return memoryview(data).cast(code)  # type: ignore[call-overload, no-any-return]

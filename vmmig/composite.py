@@ -20,6 +20,7 @@ from vmmig.errors import (
     ResumeErrorGroup,
     SnapshotError,
     SnapshotErrorGroup,
+    relocated,
 )
 from vmmig.migration import UrlTransport
 from vmmig.snapshot import Snapshot
@@ -340,20 +341,7 @@ class Composite(UrlTransport):
         """``error`` as one of ``kind``, with the path of the part ``name`` it came from."""
         if not isinstance(error, kind):
             return kind(error, component_path=f"{self._id}/{name}")
-        _relocate(error, self._id, name)
-        return error
-
-
-def _relocate(error: MigratableError, id: str, name: str) -> None:
-    """Put what a part says of itself and its own parts below ``id``."""
-    error.component_path = f"{id}/{error.component_path or name}"
-    error.component_states = {
-        f"{id}/{path}": state for path, state in error.component_states.items()
-    }
-    if isinstance(error, MigratableErrorGroup):
-        for inner in error.exceptions:
-            if isinstance(inner, MigratableError):
-                _relocate(inner, id, name)
+        return relocated(error, self._id, name)
 
 
 def _snapshot_of(name: str, component: Snapshottable) -> Snapshot:

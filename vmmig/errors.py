@@ -24,7 +24,7 @@ The six operations and their texts are those of Cloud Hypervisor's ``vm-migratio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 _E = TypeVar("_E", bound="MigratableError")
 
@@ -281,6 +281,27 @@ class RestoreErrorGroup(MigratableErrorGroup, RestoreError):
     """
 
 
+def relocated(error: _E, id: str, name: str) -> _E:
+    """The same error, seen from the component ``id`` whose part ``name`` raised it.
+
+    >>> str(relocated(PauseError("busy"), "vm", "disk"))
+    'Failed to pause migratable component: vm/disk: busy'
+    """
+    copy: Any
+    if isinstance(error, MigratableErrorGroup):
+        parts = [
+            relocated(part, id, name) for part in cast(list[MigratableError], error.exceptions)
+        ]
+        copy = _rebuild_group(type(error), error.message, parts, vars(error))
+    else:
+        copy = _rebuild(type(error), error.cause, vars(error))
+    copy.component_path = f"{id}/{error.component_path or name}"
+    copy.component_states = {f"{id}/{path}": s for path, s in error.component_states.items()}
+    copy.__cause__ = error.__cause__
+    copy.__traceback__ = error.__traceback__
+    return cast(_E, copy)
+
+
 def _text(cause: object) -> str:
     text = str(cause)
     if isinstance(cause, KeyError) or (isinstance(cause, BaseException) and not text):
@@ -309,7 +330,7 @@ def _rebuild(cls: type[_E], cause: object, facts: dict[str, Any]) -> _E:
 def _rebuild_group(
     cls: type[MigratableErrorGroup],
     message: str,
-    errors: list[MigratableError],
+    errors: Sequence[MigratableError],
     facts: dict[str, Any],
 ) -> MigratableErrorGroup:
     group = cls(message, errors)

@@ -16,7 +16,6 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pickle import PickleBuffer
 from typing import TYPE_CHECKING
 
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
@@ -259,7 +258,7 @@ def _checked(chunks: Iterable[Buffer], path: str, total_bytes: int) -> Iterator[
     came_bytes = 0
     try:
         for chunk in chunks:
-            view = PickleBuffer(chunk).raw()
+            view = memoryview(chunk).cast("B")
             came_bytes += view.nbytes
             if came_bytes > total_bytes:
                 break
@@ -279,7 +278,7 @@ def _batches(chunks: Iterable[Buffer]) -> Iterator[list[memoryview]]:
     batch: list[memoryview] = []
     room_bytes = _WRITE_BYTES
     for chunk in chunks:
-        view = PickleBuffer(chunk).raw()
+        view = memoryview(chunk).cast("B")
         while len(view) >= room_bytes:
             yield [*batch, view[:room_bytes]]
             view = view[room_bytes:]
