@@ -48,8 +48,9 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import islice
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import attrs
 import msgpack
@@ -341,7 +342,8 @@ def encode(snapshot: Snapshot) -> Encoding:
         large = [memoryview(p) for p in small if len(p) >= LARGE_BYTES]
         small = [p for p in small if len(p) < LARGE_BYTES]
     try:
-        index = msgpack.packb(_converter.unstructure(Columns(*columns[:4], lengths)))
+        plain = _converter().unstructure(Columns(*columns[:4], lengths))
+        index = cast(bytes, msgpack.packb(plain))
     except Exception as error:
         _explain_ids(columns, error)
     return Encoding(index, small, large)
@@ -460,7 +462,7 @@ def _index_in(elements: Iterable[Any], _: Any) -> Columns:
     )
 
 
-_converter = make_converter()
+_converter = cache(make_converter)
 
 
 class _Part(NamedTuple):
@@ -690,7 +692,7 @@ def _decode_index(header: Header, index: memoryview, limits: Limits) -> _Layout:
             where="index",
         )
     try:
-        columns = _converter.structure(unpacker, Columns)
+        columns = _converter().structure(unpacker, Columns)
     except ValueError as error:
         if "max_str_len" in str(error):
             raise DecodeError(

@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice, repeat
-from pickle import PickleBuffer
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import attrs
 
@@ -20,6 +19,9 @@ if sys.version_info >= (3, 12):
     from collections.abc import Buffer as Buffer
 else:
     from typing_extensions import Buffer as Buffer
+
+if TYPE_CHECKING:
+    from pickle import PickleBuffer
 
 _V = TypeVar("_V")
 
@@ -45,9 +47,13 @@ def raw_view(payload: Buffer) -> memoryview:
             return view
         if not view.nbytes:
             return memoryview(b"")
+        if view.c_contiguous:
+            return view.cast("B")
         # Not for all: a memoryview of a memoryview that a PickleBuffer holds, when in a garbage
         # cycle, crashes CPython 3.11.
-        return view.cast("B") if view.c_contiguous else PickleBuffer(payload).raw()
+        from pickle import PickleBuffer
+
+        return PickleBuffer(payload).raw()
     except (TypeError, BufferError, ValueError) as error:
         raise SnapshotError(
             f"a section holds a contiguous bytes-like object, not {type(payload).__name__}: {error}"
@@ -637,6 +643,8 @@ def _value(payload: Buffer) -> Buffer:
 def _pickled(payload: Buffer, protocol: int) -> Buffer | PickleBuffer:
     view = raw_view(payload)
     if protocol >= 5 and view.nbytes >= _OUT_OF_BAND_BYTES:
+        from pickle import PickleBuffer
+
         return PickleBuffer(view)
     return payload if type(payload) is bytes else bytes(view)
 

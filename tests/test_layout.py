@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import vmmig
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    *("pyproject.toml", "vmmig", "tests", "benchmarks", "CHANGELOG.md", "README.md", "LICENSE"),
+    "build",
+}
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_importing_vmmig_loads_no_optional_part() -> None:
+    loaded = loaded_by("import vmmig")
+    assert "vmmig.codec" in loaded
+    optional = {"hypothesis", "pytest", "unicorn", "click", "rich", "pickle", "socket", "asyncio"}
+    assert not optional & loaded
+    assert not {name for name in loaded if name.startswith(("vmmig.adapters", "vmmig.cli"))}
+
+
+def test_nothing_on_the_way_in_can_run_code() -> None:
+    source = (ROOT / "vmmig" / "codec.py").read_text()
+    for word in ("pickle", "eval(", "exec(", "import_module", "__import__"):
+        assert word not in source
+
+
+def test_every_public_name_is_there() -> None:
+    assert sorted(vmmig.__all__) == sorted(set(vmmig.__all__))
+    assert all(hasattr(vmmig, name) for name in vmmig.__all__)
+
+
+def test_every_module_can_be_imported_alone() -> None:
+    modules = [
+        module.name
+        for module in pkgutil.walk_packages(vmmig.__path__, "vmmig.")
+        if not module.name.endswith("__main__")
+    ]
+    assert "vmmig.codec" in modules
+    for name in modules:
+        assert name in loaded_by(f"import {name}")
+
+
+def test_nothing_else_lies_at_the_top() -> None:
+    there = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert there - {name for name in there if name.endswith(".egg-info")} <= ALLOWED
