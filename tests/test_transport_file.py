@@ -410,7 +410,7 @@ def save(name, size):
 
 answers = [save("vm", 2 << 20), save("new", 2 << 20)]
 os.chdir("/")
-subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
+subprocess.run(["mount", "-o", "remount,bind,ro", sys.argv[1]], check=True)
 os.chdir(sys.argv[1])
 answers += [save("vm", 1), save("new", 1)]
 print(json.dumps(answers))

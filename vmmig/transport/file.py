@@ -56,13 +56,12 @@ def send(chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: 
         MigrateSendError: The file was not written, and the old one is untouched; or the new one
             is in its place, but might not survive a power failure. The error says which.
 
-    >>> import tempfile, pathlib
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "vm.vmsnap")
-    >>> send([b"abc"], path, total_bytes=4)
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     send([b"abc"], f"{folder}/vm.vmsnap", total_bytes=3)
+    ...     send([b"defg"], f"{folder}/vm.vmsnap", total_bytes=5)
     Traceback (most recent call last):
-    vmmig.errors.MigrateSendError: ...vm.vmsnap': 3 bytes came where 4 were announced...
-    >>> path.exists()
-    False
+    vmmig.errors.MigrateSendError: ...vm.vmsnap': 4 bytes came where 5 were announced...
     """
     path = path_of(url, MigrateSendError)
     try:
@@ -93,12 +92,10 @@ def recv(url: str | os.PathLike[str]) -> memoryview:
     Raises:
         MigrateReceiveError: There is no such file, or it cannot be read or mapped.
 
-    >>> import tempfile, pathlib
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "vm.vmsnap")
-    >>> path.write_bytes(b"abc")
-    3
-    >>> bytes(recv(path))
-    b'abc'
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     file.write(b"abc"), file.flush(), bytes(recv(file.name))
+    (3, None, b'abc')
     """
     path = path_of(url, MigrateReceiveError)
     try:
