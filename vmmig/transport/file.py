@@ -120,7 +120,8 @@ def write_chunks(fd: int, chunks: Iterable[Buffer]) -> int:
 
     Args:
         fd: A blocking descriptor: of a file at its start, a pipe, a socket.
-        chunks: Contiguous bytes-like objects. What they show must not change before the return.
+        chunks: Contiguous bytes-like objects; memoryviews in C order, of a native format. What
+            they show must not change before the return.
 
     Returns:
         How many bytes were written: all there were.
@@ -256,7 +257,7 @@ def _checked(chunks: Iterable[Buffer], path: str, total_bytes: int) -> Iterator[
     came_bytes = 0
     try:
         for chunk in chunks:
-            view = PickleBuffer(chunk).raw()
+            view = _raw(chunk)
             came_bytes += view.nbytes
             if came_bytes > total_bytes:
                 break
@@ -272,11 +273,17 @@ def _checked(chunks: Iterable[Buffer], path: str, total_bytes: int) -> Iterator[
         )
 
 
+def _raw(chunk: Buffer) -> memoryview:
+    # Before Python 3.12.7, the garbage collector crashes on a view that a PickleBuffer refers to
+    # (python/cpython#77894); a view made by cast shares what the first one refers to.
+    return chunk.cast("B") if isinstance(chunk, memoryview) else PickleBuffer(chunk).raw()
+
+
 def _batches(chunks: Iterable[Buffer]) -> Iterator[list[memoryview]]:
     batch: list[memoryview] = []
     room_bytes = _WRITE_BYTES
     for chunk in chunks:
-        view = PickleBuffer(chunk).raw()
+        view = _raw(chunk)
         while len(view) >= room_bytes:
             yield [*batch, view[:room_bytes]]
             view = view[room_bytes:]
