@@ -20,19 +20,19 @@ from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    class _Transport(Protocol):
+        def send(
+            self, chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: int
+        ) -> None: ...
+
+        def recv(self, url: str | os.PathLike[str]) -> memoryview: ...
+
+
 _MODULES = {
     "file": "vmmig.transport.file",
 }
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-
-
-class _Transport(Protocol):
-    def send(
-        self, chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: int
-    ) -> None: ...
-
-    def recv(self, url: str | os.PathLike[str]) -> memoryview: ...
+_SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*):"
 
 
 def send(chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: int) -> None:
@@ -47,10 +47,10 @@ def send(chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: 
         MigrateSendError: They are not there; what was there before still is. A MigratableError
             that ``chunks`` raises comes through as it is.
 
-    >>> import tempfile, pathlib
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> send([b"two ", b"chunks"], f"file://{folder}/vm.vmsnap", total_bytes=10)
-    >>> (folder / "vm.vmsnap").read_bytes()
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     send([b"two ", b"chunks"], f"file://{folder}/vm.vmsnap", total_bytes=10)
+    ...     bytes(recv(f"{folder}/vm.vmsnap"))
     b'two chunks'
     """
     _transport(url, MigrateSendError).send(chunks, url, total_bytes=total_bytes)
@@ -72,7 +72,7 @@ a file of this name is './carrier-pigeon:vm'
 
 
 def _transport(url: object, error: type[MigratableError]) -> _Transport:
-    match = _SCHEME.match(url) if isinstance(url, str) else None
+    match = re.match(_SCHEME, url) if isinstance(url, str) else None
     scheme = match[1].lower() if match else "file"
     if scheme not in _MODULES:
         known = ", ".join(f"'{name}:'" for name in sorted(_MODULES))
@@ -80,4 +80,4 @@ def _transport(url: object, error: type[MigratableError]) -> _Transport:
             f"{url!r}: there is no transport for '{scheme}:', only for {known}; "
             f"a file of this name is {f'./{url}'!r}"
         )
-    return cast(_Transport, importlib.import_module(_MODULES[scheme]))
+    return cast("_Transport", importlib.import_module(_MODULES[scheme]))
