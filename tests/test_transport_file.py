@@ -630,8 +630,8 @@ def test_errors_pickle(tmp_path: Path) -> None:
 def test_a_transport_is_loaded_when_it_is_used() -> None:
     code = (
         "import sys, vmmig.transport as t; "
-        "assert not {'vmmig.transport.file', 'mmap', 'urllib.parse'} & {*sys.modules}; "
+        "assert 'vmmig.transport.file' not in sys.modules; "
         "t.recv('/proc/self/status'); assert 'vmmig.transport.file' in sys.modules"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(vmmig.__file__).parents[1])}
-    subprocess.run([sys.executable, "-S", "-c", code], env=env, check=True)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
