@@ -456,7 +456,10 @@ def _index_in(elements: Iterable[Any], _: Any) -> Columns:
             f"it needs {nodes + total} ids and has {'more' if len(names) > nodes else len(names)}",
             where="index",
         )
-    _check_types(names, str, "index")
+    try:
+        "".join(names)
+    except TypeError as error:
+        raise DecodeError(f"an id is not a str: {error}", where="index") from error
     return Columns(
         names[:nodes], children.tolist(), sections.tolist(), names[nodes:], lengths.tolist()
     )
@@ -747,8 +750,9 @@ def _split(data: memoryview, lengths: list[int]) -> list[bytes]:
     start = 0
     for first in range(0, len(lengths), _SPLIT_AT_ONCE):
         batch = lengths[first : first + _SPLIT_AT_ONCE]
-        cutter = struct.Struct("s".join(map(str, batch)) + "s")
-        pieces.extend(cutter.unpack_from(data, start))
+        code = {length: f"{length}s" for length in {*batch}}
+        cutter = struct.Struct("".join([code[length] for length in batch]))
+        pieces += cutter.unpack_from(data, start)
         start += cutter.size
     return pieces
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, compress, islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import attrs
@@ -551,25 +551,24 @@ def _grouped(
     With a ``start`` of 1 they are nodes, each of which must stand behind its parent.
     """
     nodes = start == 1
-    groups: list[dict[str, _V]] = []
-    add = groups.append
-    for count in counts:
-        if not count:
-            add({})
-            continue
-        if nodes and start <= len(groups):
-            raise RestoreError(f"node {len(groups)} of the tree has no parent")
+    if max(counts) == 1 and not nodes:
+        single = iter([{key: value} for key, value in zip(keys, values, strict=True)])
+        return [next(single) if count else {} for count in counts]
+    groups: list[dict[str, _V]] = [{} for _ in counts]
+    for i in compress(range(len(counts)), counts):
+        if nodes and start <= i:
+            raise RestoreError(f"node {i} of the tree has no parent")
+        count = counts[i]
         if count == 1:
-            add({keys[start]: values[start]})
+            groups[i][keys[start]] = values[start]
             start += 1
             continue
         end = start + count
         names = keys[start:end]
-        group = dict(zip(names, values[start:end], strict=True))
-        if len(group) != count:
+        groups[i].update(zip(names, values[start:end], strict=True))
+        if len(groups[i]) != count:
             twice = next(name for name in names if names.count(name) > 1)
-            raise _TwiceError(len(groups), twice, values)
-        add(group)
+            raise _TwiceError(i, twice, values)
         start = end
     return groups
 
