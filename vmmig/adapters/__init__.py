@@ -1,0 +1,1 @@
+"""Real machines behind the traits; each module can be imported without the others."""

@@ -1,0 +1,115 @@
+"""The parts put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import unicorn
+from unicorn.unicorn_const import UC_HOOK_INSN
+from unicorn.x86_const import UC_X86_INS_IN, UC_X86_INS_OUT
+
+from vmmig.adapters.unicorn.devices import PmTimer, PowerSwitch, SerialPort
+from vmmig.adapters.unicorn.ram import Ram
+from vmmig.adapters.unicorn.vcpu import Vcpu
+from vmmig.composite import Composite
+from vmmig.errors import MigratableError
+from vmmig.snapshot import Snapshot
+
+
+class Machine(Composite):
+    """A small PC: power switch, serial port, timer, vCPU and RAM from address 0 on.
+
+    It is paused when it is made. Ports that belong to no device read as ones.
+
+    Args:
+        ram_bytes: The RAM's size, a multiple of the page's.
+        output: Called on the guest's thread with each byte that the guest sends on its serial
+            port.
+
+    >>> console = bytearray()
+    >>> machine = Machine(1 << 16, output=console.extend)
+    >>> program = "66baf803 b021 ee"  # mov dx, 0x3f8; mov al, '!'; out dx, al
+    >>> program += "66ba0406 66b80020 66ef f4"  # mov dx, 0x604; mov ax, 1 << 13; out dx, ax; hlt
+    >>> machine.boot(bytes.fromhex(program), gpa=0x1000)
+    >>> machine.resume()
+    >>> machine.wait()
+    True
+    >>> console
+    bytearray(b'!')
+    """
+
+    def __init__(
+        self, ram_bytes: int, *, output: Callable[[bytes], object], id: str = "machine"
+    ) -> None:
+        uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)  # type: ignore[attr-defined, no-untyped-call]
+        self.power = PowerSwitch(uc.emu_stop)
+        self.serial = SerialPort(output)
+        self.timer = PmTimer()
+        self.vcpu = Vcpu(uc, self.power)
+        self.ram = Ram(uc, ram_bytes)
+        _connect(uc, [self.power, self.serial, self.timer])
+        # The vCPU starts after the devices; RAM, which does nothing by itself, is the last so
+        # that a restore need not keep a second copy of it.
+        super().__init__(id, [self.power, self.serial, self.timer, self.vcpu, self.ram])
+
+    @classmethod
+    def from_snapshot(cls, snapshot: Snapshot, *, output: Callable[[bytes], object]) -> Machine:
+        """A machine of the size that ``snapshot`` asks for, restored from it, and paused.
+
+        Raises:
+            RestoreError: It is not the snapshot of such a machine.
+        """
+        ram_bytes = snapshot.find("ram").section("0x0").nbytes
+        machine = cls(ram_bytes, output=output, id=snapshot.id)
+        machine.restore(snapshot)
+        return machine
+
+    def boot(self, program: bytes, *, gpa: int, **registers: int) -> None:
+        """Load machine code at ``gpa`` and point the vCPU to its first byte; `resume` starts it.
+
+        Args:
+            registers: Further registers to set, by name.
+
+        Raises:
+            MigratableError: The program does not fit into RAM, or the machine runs.
+        """
+        if not 0 <= gpa <= len(self.ram.memory) - len(program):
+            raise MigratableError(
+                f"a program of {len(program)} bytes at {gpa:#x} does not fit into "
+                f"{len(self.ram.memory)} bytes of RAM"
+            )
+        self.vcpu.set_registers(rip=gpa, **registers)
+        self.ram.memory[gpa : gpa + len(program)] = program
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """As `Vcpu.wait`."""
+        return self.vcpu.wait(timeout_s)
+
+
+class _Device(Protocol):
+    ports: range
+
+    def read(self, offset: int) -> int: ...
+
+    def write(self, offset: int, value: int) -> None: ...
+
+
+def _connect(uc: Any, devices: Iterable[_Device]) -> None:
+    """Let the guest's IN and OUT reach the devices."""
+    at = {port: (device, i) for device in devices for i, port in enumerate(device.ports)}
+
+    def read(_: object, port: int, size_bytes: int, __: object) -> int:
+        ones = (1 << 8 * size_bytes) - 1
+        if port not in at:
+            return ones
+        device, offset = at[port]
+        return device.read(offset) & ones
+
+    def write(_: object, port: int, size_bytes: int, value: int, __: object) -> None:
+        if port in at:
+            device, offset = at[port]
+            device.write(offset, value)
+
+    uc.hook_add(UC_HOOK_INSN, read, None, 1, 0, UC_X86_INS_IN)
+    uc.hook_add(UC_HOOK_INSN, write, None, 1, 0, UC_X86_INS_OUT)

@@ -1,0 +1,3 @@
+from vmmig.cli import main
+
+main()
