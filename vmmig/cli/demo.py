@@ -30,7 +30,7 @@ _json = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document; all else goes to stderr."
 )
 _ram_mib = click.option(
-    "--ram-mib", type=click.IntRange(min=1), default=64, show_default=True, help="The guest's RAM."
+    "--ram-mib", type=click.IntRange(min=1), default=48, show_default=True, help="The guest's RAM."
 )
 _rounds = click.option(
     "--rounds",
