@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import ast
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import vmmig
 
@@ -21,11 +24,37 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_vmmig_loads_no_optional_part() -> None:
-    loaded = loaded_by("import vmmig")
+    loaded = loaded_by("import vmmig; [getattr(vmmig, name) for name in vmmig.__all__]")
     assert "vmmig.codec" in loaded
     optional = {"hypothesis", "pytest", "unicorn", "click", "rich", "pickle", "socket", "asyncio"}
     assert not optional & loaded
     assert not {name for name in loaded if name.startswith(("vmmig.adapters", "vmmig.cli"))}
+
+
+def test_a_name_is_loaded_when_asked_for() -> None:
+    assert not {"attrs", "msgpack", "vmmig.errors"} & loaded_by("import vmmig")
+    assert "msgpack" not in loaded_by("from vmmig import PauseError")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = vmmig.nothing
+    assert set(vmmig.__all__) <= set(dir(vmmig))
+
+
+def test_a_function_is_not_hidden_by_the_module_of_its_name() -> None:
+    for first in ("import vmmig.verify", "from vmmig.verify import verify", "pass"):
+        code = f"{first}; import vmmig; assert callable(vmmig.verify), vmmig.verify"
+        assert "vmmig.verify" in loaded_by(code)
+
+
+def test_type_checkers_see_the_names_that_are_there() -> None:
+    source = ast.parse((ROOT / "vmmig" / "__init__.py").read_text())
+    seen = {
+        alias.asname: node.module
+        for node in ast.walk(source)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vmmig.")
+        for alias in node.names
+        if alias.name == alias.asname
+    }
+    assert seen == {name: f"vmmig.{home}" for name, home in vmmig._HOMES.items()}
 
 
 def test_nothing_on_the_way_in_can_run_code() -> None:

@@ -2,68 +2,92 @@
 
 Any object with the right methods is a component: `verify` checks it, `Composite` makes one of
 many, `send` and `recv` bring its `Snapshot` to a URL and back.
+
+A name is loaded when it is first asked for, so that vmmig's pytest plugin costs those nothing who
+do not use it.
 """
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from vmmig.codec import Limits, configure_converter, dump, dumps, load, loads, make_converter
-from vmmig.composite import Composite, RestoreReport
-from vmmig.errors import (
-    ContractError,
-    DecodeError,
-    MigratableError,
-    MigratableErrorGroup,
-    MigrateReceiveError,
-    MigrateSendError,
-    MissingExtraError,
-    PauseError,
-    RestoreError,
-    ResumeError,
-    SnapshotError,
-)
-from vmmig.memory import MemoryRange, MemoryRangeTable
-from vmmig.migration import UrlTransport, recv, send
-from vmmig.snapshot import Difference, Snapshot, SnapshotDataSection, SnapshotPath, diff
-from vmmig.traits import LiveMigratable, Migratable, Pausable, Snapshottable, Transportable
-from vmmig.verify import DefaultMethodWarning, verify
+if TYPE_CHECKING:
+    from vmmig.codec import Limits as Limits
+    from vmmig.codec import configure_converter as configure_converter
+    from vmmig.codec import dump as dump
+    from vmmig.codec import dumps as dumps
+    from vmmig.codec import load as load
+    from vmmig.codec import loads as loads
+    from vmmig.codec import make_converter as make_converter
+    from vmmig.composite import Composite as Composite
+    from vmmig.composite import RestoreReport as RestoreReport
+    from vmmig.errors import ContractError as ContractError
+    from vmmig.errors import DecodeError as DecodeError
+    from vmmig.errors import MigratableError as MigratableError
+    from vmmig.errors import MigratableErrorGroup as MigratableErrorGroup
+    from vmmig.errors import MigrateReceiveError as MigrateReceiveError
+    from vmmig.errors import MigrateSendError as MigrateSendError
+    from vmmig.errors import MissingExtraError as MissingExtraError
+    from vmmig.errors import PauseError as PauseError
+    from vmmig.errors import RestoreError as RestoreError
+    from vmmig.errors import ResumeError as ResumeError
+    from vmmig.errors import SnapshotError as SnapshotError
+    from vmmig.memory import MemoryRange as MemoryRange
+    from vmmig.memory import MemoryRangeTable as MemoryRangeTable
+    from vmmig.migration import UrlTransport as UrlTransport
+    from vmmig.migration import recv as recv
+    from vmmig.migration import send as send
+    from vmmig.snapshot import Difference as Difference
+    from vmmig.snapshot import Snapshot as Snapshot
+    from vmmig.snapshot import SnapshotDataSection as SnapshotDataSection
+    from vmmig.snapshot import SnapshotPath as SnapshotPath
+    from vmmig.snapshot import diff as diff
+    from vmmig.traits import LiveMigratable as LiveMigratable
+    from vmmig.traits import Migratable as Migratable
+    from vmmig.traits import Pausable as Pausable
+    from vmmig.traits import Snapshottable as Snapshottable
+    from vmmig.traits import Transportable as Transportable
+    from vmmig.verify import DefaultMethodWarning as DefaultMethodWarning
+    from vmmig.verify import verify as verify
 
-__all__ = [
-    "Composite",
-    "ContractError",
-    "DecodeError",
-    "DefaultMethodWarning",
-    "Difference",
-    "Limits",
-    "LiveMigratable",
-    "MemoryRange",
-    "MemoryRangeTable",
-    "Migratable",
-    "MigratableError",
-    "MigratableErrorGroup",
-    "MigrateReceiveError",
-    "MigrateSendError",
-    "MissingExtraError",
-    "Pausable",
-    "PauseError",
-    "RestoreError",
-    "RestoreReport",
-    "ResumeError",
-    "Snapshot",
-    "SnapshotDataSection",
-    "SnapshotError",
-    "SnapshotPath",
-    "Snapshottable",
-    "Transportable",
-    "UrlTransport",
-    "__version__",
-    "configure_converter",
-    "diff",
-    "dump",
-    "dumps",
-    "load",
-    "loads",
-    "make_converter",
-    "recv",
-    "send",
-    "verify",
-]
+_NAMES = {
+    "codec": "Limits configure_converter dump dumps load loads make_converter",
+    "composite": "Composite RestoreReport",
+    "errors": "ContractError DecodeError MigratableError MigratableErrorGroup MigrateReceiveError "
+    "MigrateSendError MissingExtraError PauseError RestoreError ResumeError SnapshotError",
+    "memory": "MemoryRange MemoryRangeTable",
+    "migration": "UrlTransport recv send",
+    "snapshot": "Difference Snapshot SnapshotDataSection SnapshotPath diff",
+    "traits": "LiveMigratable Migratable Pausable Snapshottable Transportable",
+    "verify": "DefaultMethodWarning verify",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import system sets each submodule as an attribute: it must not hide the function.
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vmmig' has no attribute {name!r}")
+    value = getattr(import_module(f"vmmig.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -519,7 +519,7 @@ class _UncheckedSection(SnapshotDataSection):
         self._view: Buffer = view
 
     @property
-    def snapshot(self) -> Buffer:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def snapshot(self) -> Buffer:
         if self._part is not None:
             assert isinstance(self._view, memoryview)
             view = self._view
@@ -532,7 +532,7 @@ class _UncheckedSection(SnapshotDataSection):
         return self._view
 
     @snapshot.setter
-    def snapshot(self, payload: Buffer) -> None:
+    def snapshot(self, payload: Buffer) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         raw_view(payload)
         self._part, self._view = None, payload
 
