@@ -227,6 +227,31 @@ section 'regs' (it has none)
                 f"({_what_there_is(self.snapshot_data)})"
             ) from None
 
+    def take(self, *ids: str) -> tuple[Buffer, ...]:
+        """The payloads of exactly these sections, in this order: what `restore` of a leaf needs.
+
+        Raises:
+            RestoreError: One is missing, or there is anything else, which would be lost.
+
+        >>> cpu = Snapshot("cpu")
+        >>> cpu.add_data_section(SnapshotDataSection("regs", b"0123"))
+        >>> (regs,) = cpu.take("regs")
+        >>> regs
+        b'0123'
+        >>> cpu.take()
+        Traceback (most recent call last):
+        vmmig.errors.RestoreError: Failed to restore migratable component: snapshot 'cpu' has \
+what is not known here: section 'regs'
+        """
+        payloads = tuple(self.section(id).snapshot for id in ids)
+        strange = [f"section {_short(id)}" for id in self.snapshot_data if id not in ids]
+        strange += [f"snapshot {_short(id)}" for id in self.snapshots]
+        if strange:
+            raise RestoreError(
+                f"snapshot {_short(self.id)} has what is not known here: {_shown(strange, str)}"
+            )
+        return payloads
+
     def find(self, path: str | Iterable[str]) -> Snapshot:
         """The node at ``path``: ids joined by ``/``, or a sequence of ids (which may hold ``/``).
 
