@@ -805,7 +805,7 @@ BROKEN: dict[Any, tuple[str, dict[str, Any], str]] = {
     RestoreRaisesHalfWay: (DAMAGED, _DEVICE, "but changed the component"),
     RestoreTakesWhatThereIs: (DAMAGED, _DEVICE, "took over only a part of it"),
     ShortRamKeepsTheOldEnd: (DAMAGED, _DEVICE, "took over only a part of it"),
-    AcceptsAForeignSnapshot: (DAMAGED, _DEVICE, "cannot be its own: foreign"),
+    AcceptsAForeignSnapshot: (DAMAGED, _DEVICE, "cannot be its own: another component's"),
     UnknownSectionIsLost: (UNKNOWN, _DEVICE, "lost a section that it does not know"),
     UnknownChildIsLost: (UNKNOWN, _DEVICE, "lost a child that it does not know"),
     RestorePopsFromTheSnapshot: (VALUE, _DEVICE, "restore() changed the snapshot it was given"),

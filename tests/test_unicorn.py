@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -548,3 +549,24 @@ def test_ports_of_nobody_read_as_ones():
     machine.pause()
     registers = machine.vcpu.registers()
     assert (registers["rbx"], registers["rcx"]) == (0xFFFFFFFF, 0xFFFF)
+
+
+def test_a_machine_that_is_dropped_while_it_runs_crashes_nothing() -> None:
+    code = """
+import gc
+from vmmig.adapters.unicorn import Machine
+machine = Machine(1 << 24, output=lambda _: None)
+# lea rdi, [0x2000]; mov rcx, 0xff000; rep stosb; jmp back to the start
+machine.boot(bytes.fromhex("488d3c2500200000 48c7c100f00f00 f3aa ebed"), gpa=0x1000)
+machine.resume()
+vcpu = machine.vcpu
+del machine
+gc.collect()
+for _ in range(100):
+    vcpu.pause()
+    vcpu.resume()
+vcpu.pause()
+print("alive", vcpu.registers()["rip"] >= 0x1000)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "alive True\n"), run.stderr

@@ -144,6 +144,12 @@ class Attempt:
         self.script.append(f"{name} = factory()")
         return Actor(self, name, self.subject.factory())
 
+    def started(self, name: str) -> Actor:
+        """A new component that runs: a machine, say, may be paused when it is made."""
+        actor = self.new(name)
+        actor.resume()
+        return actor
+
     def fail(self, what: str) -> NoReturn:
         raise BrokenLawError(self.law, what, self.script)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmmig.codec import dumps, loads
@@ -111,7 +111,7 @@ def _structure(run: Attempt, *_: Any) -> None:
 
 @_law("a snapshot changes nothing")
 def _snapshot_changes_nothing(run: Attempt, first: list[Call], *_: Any) -> None:
-    one = run.new("component")
+    one = run.started("component")
     one.do_all(first)
     one.pause()
     before = one.look()
@@ -124,7 +124,7 @@ def _snapshot_changes_nothing(run: Attempt, first: list[Call], *_: Any) -> None:
 
 @_law("equal states give equal bytes")
 def _equal_bytes(run: Attempt, first: list[Call], *_: Any) -> None:
-    one = run.new("component")
+    one = run.started("component")
     one.do_all(first)
     one.pause()
     saved = dumps(one.snapshot())
@@ -136,7 +136,7 @@ def _equal_bytes(run: Attempt, first: list[Call], *_: Any) -> None:
 def _snapshot_is_a_value(
     run: Attempt, first: list[Call], later: list[Call], other: list[Call], *_: Any
 ) -> None:
-    one = run.new("component")
+    one = run.started("component")
     one.do_all(first)
     one.pause()
     saved = one.snapshot()
@@ -174,7 +174,7 @@ def _snapshot_is_a_value(
 def _restore_gives_the_same(
     run: Attempt, first: list[Call], later: list[Call], other: list[Call], *_: Any
 ) -> None:
-    one = run.new("component")
+    one = run.started("component")
     one.do_all(first)
     one.pause()
     saved = one.snapshot()
@@ -182,6 +182,7 @@ def _restore_gives_the_same(
     for kind in ("fresh", "used"):
         two = run.new(kind)
         if kind == "used":
+            two.resume()
             two.do_all(other)
         two.pause()
         if kind == "used":
@@ -209,11 +210,11 @@ def _differential(
     run: Attempt, first: list[Call], later: list[Call], other: list[Call], *_: Any
 ) -> None:
     with standing_time():
-        one = run.new("component")
+        one = run.started("component")
         one.do_all(first)
         one.pause()
         saved = one.snapshot()
-        fresh, used = run.new("fresh"), run.new("used")
+        fresh, used = run.new("fresh"), run.started("used")
         used.do_all(other)
         for two in (fresh, used):
             two.pause()
@@ -270,7 +271,7 @@ def _pause_and_resume(
 @_law("time that passes while it is paused does not show", effort=0.1)
 def _time(run: Attempt, first: list[Call], *_: Any) -> None:
     with standing_time() as pass_time:
-        one = run.new("component")
+        one = run.started("component")
         one.do_all(first)
         one.pause()
         saved = one.snapshot()
@@ -293,14 +294,14 @@ def _time(run: Attempt, first: list[Call], *_: Any) -> None:
 def _damaged(
     run: Attempt, first: list[Call], _: list[Call], other: list[Call], data: st.DataObject
 ) -> None:
-    one = run.new("component")
+    one = run.started("component")
     one.do_all(first)
     one.pause()
     saved = one.snapshot()
     if not saved.snapshots and not saved.snapshot_data:
         return
     seen = one.look()
-    used, fresh = run.new("used"), run.new("fresh")
+    used, fresh = run.started("used"), run.new("fresh")
     used.do_all(other)
     for two in (used, fresh):
         two.pause()
@@ -334,7 +335,7 @@ def _takes(actor: Actor, damaged: Snapshot, how: str) -> bool:
 
 @_law("what restore does not know is refused or kept", effort=0.1)
 def _unknown(run: Attempt, first: list[Call], *_: Any) -> None:
-    one = run.new("component")
+    one = run.started("component")
     one.do_all(first)
     one.pause()
     for kind in ("section", "child"):
@@ -364,7 +365,7 @@ def _unknown(run: Attempt, first: list[Call], *_: Any) -> None:
 
 @_law("a snapshot survives being encoded and decoded")
 def _encoded(run: Attempt, first: list[Call], *_: Any) -> None:
-    one = run.new("component")
+    one = run.started("component")
     one.do_all(first)
     one.pause()
     saved = one.snapshot()
@@ -383,7 +384,7 @@ def _encoded(run: Attempt, first: list[Call], *_: Any) -> None:
 def _share_nothing(
     run: Attempt, first: list[Call], later: list[Call], other: list[Call], *_: Any
 ) -> None:
-    one, two = run.new("component"), run.new("other")
+    one, two = run.started("component"), run.started("other")
     two.pause()
     early = two.snapshot("early")
     untouched = two.look()
@@ -409,7 +410,7 @@ def _share_nothing(
     ),
 )
 def _sent(run: Attempt, first: list[Call], *_: Any) -> None:
-    one = run.new("component")
+    one = run.started("component")
     if not is_transportable(one.component):
         return
     one.do_all(first)
@@ -421,47 +422,46 @@ def _sent(run: Attempt, first: list[Call], *_: Any) -> None:
 
 @st.composite
 def _damages(draw: st.DrawFn, saved: Snapshot) -> tuple[str, Snapshot, bool]:
-    """What was done to a copy of a snapshot, the copy, and whether it must be refused."""
-    damaged = loads(dumps(saved))
-    places = [(path, node) for path, node in damaged.walk()]
-    sections = [(path, node, id) for path, node in places for id in node.snapshot_data]
-    parents = [(path, node, id) for path, node in places for id in node.snapshots]
-    kinds = ["foreign", "emptied"]
-    kinds += ["a section is missing", "truncated", "altered", "extended"] if sections else []
-    kinds += ["a child is missing"] if parents else []
+    """What was done to a copy of a snapshot, the copy, and whether it must be refused.
+
+    What is drawn does not depend on the snapshot, which may differ from one attempt to the next.
+    """
+    kinds = ["foreign", "emptied", "without a child", "without a section", *_CHANGES]
     kind = draw(st.sampled_from(kinds))
+    which, at = draw(st.integers(0, 1 << 16)), draw(st.integers(0, 1 << 32))
+    junk = draw(st.binary(min_size=1, max_size=4))
+    damaged = loads(dumps(saved))
+    places = [*damaged.walk()]
+    sections = [(path, node, id) for path, node in places for id in node.snapshot_data]
+    children = [(path, node, id) for path, node in places for id in node.snapshots]
     if kind == "foreign":
-        foreign = Snapshot(f"not {saved.id}")
-        foreign.add_data_section(SnapshotDataSection("strange", b"\xff\x00strange"))
-        return "foreign: another component's", foreign, True
-    if kind == "emptied":
-        return "emptied: no sections, no children", Snapshot(saved.id), False
-    if kind == "a child is missing":
-        path, node, id = draw(st.sampled_from(parents))
+        strange = SnapshotDataSection("strange", b"\xff\x00strange")
+        return "another component's", Snapshot(f"not {saved.id}", {}, {"strange": strange}), True
+    if kind == "without a child" and children:
+        path, node, id = children[which % len(children)]
         del node.snapshots[id]
         return f"without {path.child(id)}", damaged, False
-    path, node, id = draw(st.sampled_from(sections))
+    if kind == "emptied" or not sections:
+        return "without any section or child", Snapshot(saved.id), False
+    path, node, id = sections[which % len(sections)]
     place = path.section(id)
-    if kind == "a section is missing":
+    payload = bytes(raw_view(node.snapshot_data[id].snapshot))
+    if kind == "without a section" or not payload:
         del node.snapshot_data[id]
         return f"without {place}", damaged, False
-    payload = bytes(raw_view(node.snapshot_data[id].snapshot))
-    if kind == "truncated" and payload:
-        length = draw(st.integers(0, len(payload) - 1))
-        changed = payload[:length]
-        how = f"{place} truncated from {len(payload)} to {length} bytes"
-    elif kind == "altered" and payload:
-        at = draw(st.integers(0, len(payload) - 1))
-        junk = draw(st.binary(min_size=1, max_size=min(4, len(payload) - at)))
-        changed = payload[:at] + junk + payload[at + len(junk) :]
-        how = f"{place} with {junk!r} at byte {at}"
-    else:
-        junk = draw(st.binary(min_size=1, max_size=4))
+    at %= len(payload)
+    changed = _CHANGES.get(kind, _CHANGES["altered"])(payload, at, junk)
+    if changed == payload:
         changed = payload + junk
-        how = f"{place} with {junk!r} behind its end"
-    assume(changed != payload)
     node.snapshot_data[id].snapshot = changed
-    return how, damaged, False
+    return f"{place} {kind} at byte {at} of {len(payload)}", damaged, False
+
+
+_CHANGES: dict[str, Callable[[bytes, int, bytes], bytes]] = {
+    "truncated": lambda payload, at, junk: payload[:at],
+    "altered": lambda payload, at, junk: payload[:at] + junk + payload[at + len(junk) :],
+    "lengthened": lambda payload, at, junk: payload[:at] + junk + payload[at:],
+}
 
 
 def _scribble(actor: Actor, snapshot: Snapshot, name: str = "saved") -> None:

@@ -30,7 +30,7 @@ def machine_of(subject: Subject) -> type[RuleBasedStateMachine]:
             aside = Attempt(subject, "any sequence of calls keeps the state")
             self.alike = aside.new("component").subject_is_deterministic(aside.new("twin"))
             self.attempt = Attempt(subject, aside.law)
-            self.actor = self.attempt.new("component")
+            self.actor = self.attempt.started("component")
             self.paused = False
             self.calls: list[Call] = []
             self.saved: list[tuple[str, Snapshot, object, bytes, list[Call]]] = []
@@ -58,6 +58,7 @@ def machine_of(subject: Subject) -> type[RuleBasedStateMachine]:
             outcome = self.actor.do(call)
             if self.alike:
                 twin = Actor(Attempt(subject, self.attempt.law), "twin", subject.factory())
+                twin.resume()
                 twin.do_all(self.calls)
                 what = "it does not do what one does that was never paused and never saved"
                 self.attempt.same(twin.do(call), outcome, what)

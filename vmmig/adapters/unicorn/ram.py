@@ -49,6 +49,8 @@ class Ram:
             self.memory = _shareable(id, size_bytes)
             self._shared = (ctypes.c_char * size_bytes).from_buffer(self.memory)
             uc.mem_map_ptr(gpa, size_bytes, UC_PROT_ALL, ctypes.addressof(self._shared))
+            # The engine's thread may outlive this object: the memory lives as long as the engine.
+            uc.guest_memory = [*getattr(uc, "guest_memory", ()), self._shared]
         except (OSError, OverflowError, UcError) as error:
             raise MigratableError(
                 f"there is no room for {size_bytes} bytes of RAM at {gpa:#x}: {error}"
@@ -91,7 +93,8 @@ class Ram:
         Raises:
             RestoreError: The snapshot is of RAM of another size or at another address.
         """
-        view = raw_view(snapshot.section(self._section).snapshot)
+        (payload,) = snapshot.take(self._section)
+        view = raw_view(payload)
         if view.nbytes != len(self.memory):
             raise RestoreError(
                 f"the snapshot has {view.nbytes} bytes of RAM, the machine {len(self.memory)}"

@@ -70,7 +70,8 @@ def load(snapshot: Snapshot, cls: type[_S]) -> _S:
     Counter(n=3)
     """
     try:
-        values = json.loads(bytes(snapshot.section("state").snapshot))
+        (state,) = snapshot.take("state")
+        values = json.loads(bytes(memoryview(state)))
         version = values.pop("version")
         if version != _VERSION:
             raise RestoreError(f"the state is of version {version!r}, not {_VERSION}")
