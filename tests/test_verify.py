@@ -188,18 +188,6 @@ class AsyncGenerator:
         yield
 
 
-def deleted():
-    component = mock.Mock(spec=Restorable)
-    del component.restore
-    return component
-
-
-def sealed():
-    component = mock.Mock(spec=Restorable)
-    mock.seal(component)
-    return component
-
-
 class HasGetattr:
     def __getattr__(self, name):
         raise AssertionError("ran")
@@ -220,36 +208,28 @@ BAD = {
         HasGetattr(),
         "missing; __getattr__ is not asked for it, because that would run code",
     ),
-    "None": (with_restore(None), "is None, which means that it is not supported"),
+    "None": (with_restore(None), "is of type NoneType, not a method"),
     "None over a method": (
         type("B", (type(with_restore(plain)),), {"restore": None})(),
-        "is None, which means that it is not supported",
+        "is of type NoneType, not a method",
     ),
-    "int": (with_restore(1), "is an int, which cannot be called"),
-    "str": (types.SimpleNamespace(restore=""), "is a str, which cannot be called"),
+    "int": (with_restore(1), "is of type int, not a method"),
+    "str": (types.SimpleNamespace(restore=""), "is of type str, not a method"),
     "property": (
         with_restore(property(plain)),
-        "is a property; the contract calls it as a method",
+        "is of type property, not a method",
     ),
     "cached_property": (
         with_restore(functools.cached_property(plain)),
-        "is a cached_property; the contract calls it as a method",
+        "is of type cached_property, not a method",
     ),
     "property of the class": (
         with_restore(classmethod(property(plain))),
-        "is a property; the contract calls it as a method",
+        "is of type property, not a method",
     ),
     "async": (with_restore(coroutine), "is an async function" + PLAIN),
     "generator": (Generator(), "is a generator function" + PLAIN),
     "async generator": (AsyncGenerator(), "is an async generator function" + PLAIN),
-    "async partial": (
-        with_restore(functools.partial(coroutine, None)),
-        "is an async function" + PLAIN,
-    ),
-    "async partialmethod": (
-        with_restore(functools.partialmethod(coroutine)),
-        "is an async function" + PLAIN,
-    ),
     "async bound method": (
         with_restore(with_restore(coroutine).restore),
         "is an async function" + PLAIN,
@@ -257,32 +237,28 @@ BAD = {
     "async __call__": (with_restore(AsyncCall()), "is an async function" + PLAIN),
     "async generator coroutine": (
         with_restore(types.coroutine(lambda self, snapshot: (yield))),
-        "is an async function" + PLAIN,
-    ),
-    "async behind lru_cache": (
-        with_restore(functools.lru_cache(coroutine)),
-        "is an async function" + PLAIN,
+        "is a generator function" + PLAIN,
     ),
     "no self": (with_restore(lambda: None), "takes no argument, not even self"),
     "too few": (
         with_restore(lambda self: None),
-        "takes 0 arguments, but the contract passes 1: (snapshot)",
+        "takes (), the contract passes (snapshot)",
     ),
     "too few in a staticmethod": (
         with_restore(staticmethod(lambda: None)),
-        "takes 0 arguments, but the contract passes 1: (snapshot)",
+        "takes (), the contract passes (snapshot)",
     ),
     "too few behind wraps": (
         with_restore(wraps_open(lambda self: None)),
-        "takes 0 arguments, but the contract passes 1: (snapshot)",
+        "takes (), the contract passes (snapshot)",
     ),
     "too few in a class": (
         type("A", (), {"restore": lambda self: None}),
-        "takes 0 arguments, but the contract passes 1: (snapshot)",
+        "takes (), the contract passes (snapshot)",
     ),
     "too few in the instance": (
         types.SimpleNamespace(restore=lambda: None),
-        "takes 0 arguments, but the contract passes 1: (snapshot)",
+        "takes (), the contract passes (snapshot)",
     ),
     "too many": (
         with_restore(lambda self, snapshot, force: None),
@@ -312,19 +288,7 @@ BAD = {
     ),
     "**kwargs alone": (
         with_restore(lambda self, **kwargs: None),
-        "takes 0 arguments, but the contract passes 1: (snapshot)",
-    ),
-    "partial that passes it": (
-        with_restore(functools.partial(lambda snapshot: None, snapshot=1)),
-        KEYWORD_ONLY,
-    ),
-    "partial that passes too much": (
-        with_restore(functools.partial(lambda a: None, 1, 2)),
-        "takes 1 argument, but is bound to 2 already",
-    ),
-    "partial that passes what is not taken": (
-        with_restore(functools.partial(lambda snapshot: None, bus=1)),
-        "is a partial that passes bus by name, but its function cannot take it so",
+        "takes (), the contract passes (snapshot)",
     ),
     "C": (
         types.SimpleNamespace(restore=len),
@@ -332,20 +296,17 @@ BAD = {
     ),
     "C method": (
         with_restore(str.isascii),
-        "takes 0 arguments, but the contract passes 1: (snapshot)",
+        "takes (), the contract passes (snapshot)",
     ),
-    "slot": (Slotted(), "missing, its slot is empty"),
-    "slot of a class": (Slotted, "is a slot, which only an instance fills"),
-    "abstract": (
-        type("A", (abc.ABC,), {"restore": abc.abstractmethod(lambda self, snapshot: None)}),
-        "is abstract",
-    ),
+    "slot": (Slotted(), "missing"),
+    "slot of a class": (Slotted, "missing"),
     "calls itself": (with_restore(SelfCall()), "is wrapped more than 100 times"),
     "module": (types.ModuleType("board"), "missing"),
     "mock without it": (mock.Mock(spec=["pause"]), "missing"),
-    "mock, deleted": (deleted(), "missing"),
-    "mock, sealed": (sealed(), "missing"),
-    "mock, async": (mock.AsyncMock(), "is an async function" + PLAIN),
+    "mock, async": (
+        mock.AsyncMock(),
+        "is an AsyncMock; the contract calls it as a plain function",
+    ),
     "mock of an async spec": (
         mock.Mock(spec=with_restore(coroutine)),
         "is an async function" + PLAIN,
@@ -356,24 +317,14 @@ BAD = {
     ),
     "mock with a child that cannot be called": (
         mock.Mock(restore=mock.NonCallableMock()),
-        "is a NonCallableMock, which cannot be called",
-    ),
-    "PropertyMock": (
-        with_restore(mock.PropertyMock()),
-        "is a PropertyMock; the contract calls it as a method",
+        "is of type NonCallableMock, not a method",
     ),
     "autospec": (
         mock.create_autospec(with_restore(lambda self: None)),
-        "takes 0 arguments, but the contract passes 1: (snapshot)",
+        "takes (), the contract passes (snapshot)",
     ),
     "weak proxy": (weakref.proxy(_kept := with_restore(plain)), "missing"),
 }
-
-if hasattr(inspect, "markcoroutinefunction"):
-    BAD["marked as a coroutine"] = (
-        with_restore(inspect.markcoroutinefunction(lambda self, snapshot: None)),
-        "is an async function" + PLAIN,
-    )
 
 
 @pytest.mark.parametrize(("component", "problem"), BAD.values(), ids=BAD.keys())
@@ -396,9 +347,9 @@ def test_everything_wrong_is_said_at_once_in_the_contracts_order():
     expected = (
         "pause: is an async function; the contract calls it as a plain one",
         "resume: missing",
-        "id: is a property; the contract calls it as a method",
+        "id: is of type property, not a method",
         "snapshot: requires compress, which the contract does not pass",
-        "restore: takes 0 arguments, but the contract passes 1: (snapshot)",
+        "restore: takes (), the contract passes (snapshot)",
         "send: parameter 2 is called url, the contract passes destination_url by name",
         "recv: parameter 1 (source_url) is positional-only, "
         "the contract also passes source_url by name",
@@ -424,9 +375,7 @@ def test_what_is_written_in_c_is_checked_where_it_says_what_it_takes():
 
     assert verify(Register(), Number) == ()
     assert verify(Register, Number) == ()
-    assert problems(Register(), Bits) == (
-        "bit_length: takes 0 arguments, but the contract passes 1: (base)",
-    )
+    assert problems(Register(), Bits) == ("bit_length: takes (), the contract passes (base)",)
 
 
 def test_swapped_parameters_are_refused():
@@ -557,11 +506,11 @@ def test_data_may_be_in_the_instance_a_slot_or_an_annotation_of_the_class():
     assert verify(Annotated, Named) == ()
     assert verify(InSlot, Named) == ()
     assert problems(InSlot(), Named) == (
-        "name: missing, its slot is empty",
-        "size_bytes: missing, its slot is empty",
+        "name: missing",
+        "size_bytes: missing",
     )
     assert problems(InInit, Named) == (
-        "name: the class neither has nor declares it; if __init__ sets it, verify an instance",
+        "name: missing in the class; if __init__ sets it, verify an instance",
     )
 
 
@@ -606,11 +555,6 @@ class WithAnnotation(Heir):
     sectors: dict
 
 
-class WithClassVar(Heir):
-    kind: ClassVar[str] = "disk"
-    kinds: typing.ClassVar = ()
-
-
 class InC(dict, Heir):
     pass
 
@@ -626,8 +570,6 @@ STATEFUL = [
     WithInit,
     WithSlots(),
     WithSlots,
-    WithAnnotation(),
-    WithAnnotation,
     InC(),
     with_attribute(),
 ]
@@ -645,18 +587,10 @@ def test_a_default_under_state_is_warned_of_or_an_error(component):
         assert verify(component, Pausable, defaults="ignore") == ("resume",)
 
 
-@pytest.mark.parametrize("component", [Heir(), Heir, WithClassVar(), WithClassVar], ids=repr)
+@pytest.mark.parametrize("component", [Heir(), Heir, WithAnnotation(), WithAnnotation], ids=repr)
 def test_a_default_without_state_is_only_returned(component):
     assert verify(component, Pausable) == ("resume",)
     assert verify(component, Pausable, defaults="error") == ("resume",)
-
-
-def test_class_variables_are_no_state():
-    annotations = {"kind": ClassVar[str], "kinds": ClassVar}
-    assert verify(type("A", (Heir,), {"__annotations__": annotations}), Pausable) == ("resume",)
-    annotations["sectors"] = dict
-    with pytest.warns(DefaultMethodWarning):
-        verify(type("A", (Heir,), {"__annotations__": annotations}), Pausable)
 
 
 def test_every_default_counts_even_one_that_was_assigned():
@@ -735,6 +669,8 @@ def test_nothing_of_a_component_is_run():
     component = object.__new__(cls)
     for subject in (component, cls, component, cls):
         assert verify(subject, Migratable) == ()
+    cls = trapped_class()
+    component = object.__new__(cls)
     type.__setattr__(cls, "pause", property(trap))
     type.__setattr__(cls, "resume", TrapDescriptor.__new__(TrapDescriptor))
     type.__setattr__(cls, "id", component)
@@ -742,9 +678,9 @@ def test_nothing_of_a_component_is_run():
         with pytest.raises(ContractError) as caught:
             verify(subject, Migratable)
         assert caught.value.problems == (
-            "pause: is a property; the contract calls it as a method",
-            "resume: is a TrapDescriptor; the contract calls it as a method",
-            "id: is a Trapped, which cannot be called",
+            "pause: is of type property, not a method",
+            "resume: is of type TrapDescriptor, not a method",
+            "id: is of type Trapped, not a method",
         )
         assert "Trapped does not fulfil Migratable" in str(caught.value)
 
@@ -757,7 +693,7 @@ def test_what_a_function_carries_is_not_run():
     restore.__signature__ = restore.__wrapped__ = component
     restore._partialmethod = restore.__partialmethod__ = component
     assert problems(with_restore(restore), Restorable) == (
-        "restore: is a Trapped, which cannot be called",
+        "restore: is of type Trapped, not a method",
     )
 
 
@@ -775,7 +711,19 @@ def test_an_instance_dict_of_its_own_kind_is_not_run():
 
     component = Disk()
     object.__setattr__(component, "__dict__", TrapDict(pause=1))
-    assert problems(component, Migratable) == ("pause: is an int, which cannot be called",)
+    assert problems(component, Migratable) == ("pause: is of type int, not a method",)
+
+
+def test_what_c_code_is_bound_to_is_not_run():
+    evil = type("Evil", (dict,), {"__class__": property(trap)})()
+    assert verify(types.SimpleNamespace(restore=evil.get), Restorable) == ()
+
+
+def test_what_stands_in_for_an_instance_dict_is_not_run():
+    descriptor = type.__new__(TrapMeta, "Trapped", (), {"__get__": trap, "__eq__": trap})
+    component = type("Hidden", (Disk,), {"__dict__": object.__new__(descriptor)})()
+    assert verify(component, Migratable) == ()
+    assert verify(component, Migratable) == ()
 
 
 def test_mocks_are_not_made_or_recorded():
@@ -806,64 +754,36 @@ async def bad(self): ...
 BAD_PAUSE = ("pause: is an async function; the contract calls it as a plain one",)
 
 
-def test_a_change_of_the_class_is_noticed():
+def test_a_class_changed_once_it_was_seen_is_not_checked_anew():
     cls = copy_of_disk()
     component = cls()
-    for subject in (component, cls):
-        assert verify(subject, Migratable) == ()
-        good = cls.pause
-        cls.pause = bad
-        assert problems(subject, Migratable) == BAD_PAUSE
-        del cls.pause
-        assert problems(subject, Migratable) == ("pause: missing",)
-        cls.pause = good
-        assert verify(subject, Migratable) == ()
-        with mock.patch.object(cls, "pause", bad):
-            assert problems(subject, Migratable) == BAD_PAUSE
-        assert verify(subject, Migratable) == ()
-        cls.pause = None
-        assert problems(subject, Migratable) != ()
-        cls.pause = good
-
-
-def test_a_change_anywhere_in_the_bases_is_noticed():
-    base = copy_of_disk()
-    mixin = type("Mixin", (), {})
-    cls = type("Sub", (mixin, base), {})
-    component = cls()
-    for place in (cls, mixin, base):
-        assert verify(component, Migratable) == ()
-        with mock.patch.object(place, "pause", bad, create=True):
-            assert problems(component, Migratable) == BAD_PAUSE
-    other = copy_of_disk()
-    other.pause = bad
     assert verify(component, Migratable) == ()
-    cls.__bases__ = (other,)
+    cls.pause = bad
+    assert verify(component, Migratable) == verify(cls, Migratable) == ()
+    assert problems(type("Heir", (cls,), {})(), Migratable) == BAD_PAUSE
+
+
+def test_a_refused_class_is_checked_anew():
+    cls = copy_of_disk()
+    good, cls.pause = cls.pause, bad
+    component = cls()
     assert problems(component, Migratable) == BAD_PAUSE
-    cls.__bases__ = (mixin, base)
+    cls.pause = good
+    assert verify(component, Migratable) == ()
+
+
+def test_an_instance_that_changes_its_class_is_judged_by_the_new_one():
+    component = copy_of_disk()()
     assert verify(component, Migratable) == ()
     component.__class__ = type("Empty", (), {})
     assert problems(component, Pausable) == ("pause: missing", "resume: missing")
 
 
-def test_many_replacements_are_all_noticed():
-    """A function that takes a dead one's place in memory is not taken for it."""
-    cls = copy_of_disk()
-    component = cls()
-    for _ in range(200):
-        del cls.pause
-        cls.pause = eval("lambda self: None")
-        assert verify(component, Migratable) == ()
-        del cls.pause
-        cls.pause = eval("lambda self, force: None")
-        assert problems(component, Migratable) == (
-            "pause: requires force, which the contract does not pass",
-        )
-
-
-def test_an_instances_own_members_are_noticed():
-    component, other = Disk(), Disk()
-    assert verify(component, Migratable) == ()
+@pytest.mark.parametrize("first", ["instance", "class"])
+def test_an_instances_own_members_are_noticed(first):
+    seen = copy_of_disk()
+    assert verify(seen if first == "class" else seen(), Migratable) == ()
+    component, other = seen(), seen()
     component.pause = lambda force: None
     assert problems(component, Migratable) == (
         "pause: requires force, which the contract does not pass",
@@ -875,22 +795,37 @@ def test_an_instances_own_members_are_noticed():
     assert verify(component, Migratable) == ()
 
 
-def test_an_instance_dict_is_found_behind_what_hides_it():
-    class Other:
-        pass
+def test_an_instances_own_members_say_nothing_of_the_class():
+    cls = copy_of_disk()
+    cls.pause = bad
+    mended = cls()
+    mended.pause = lambda: None
+    assert verify(mended, Migratable) == ()
+    assert problems(cls(), Migratable) == BAD_PAUSE
 
-    hidden = type("Hidden", (Disk,), {"__dict__": vars(Other)["__dict__"]})()
-    assert verify(hidden, Migratable) == ()
-    object.__setattr__(hidden, "pause", None)
-    assert problems(hidden, Migratable) == ("pause: is None, which means that it is not supported",)
+
+def test_a_mock_is_checked_each_time():
+    component = mock.Mock(spec=Restorable)
+    assert verify(component, Restorable) == ()
+    component.restore = mock.AsyncMock()
+    assert problems(component, Restorable) == (
+        "restore: is an AsyncMock; the contract calls it as a plain function",
+    )
 
 
 def test_a_data_descriptor_wins_over_the_instance():
     component = with_restore(property(trap, trap))
     vars(component)["restore"] = lambda snapshot: None
-    assert problems(component, Restorable) == (
-        "restore: is a property; the contract calls it as a method",
-    )
+    assert problems(component, Restorable) == ("restore: is of type property, not a method",)
+
+
+def test_a_verdict_on_a_metaclass_is_none_on_its_classes():
+    class Meta(type):
+        def pause(cls): ...
+        def resume(cls): ...
+
+    assert verify(Meta, Pausable) == ()
+    assert problems(Meta("A", (), {}), Pausable) == ("pause: missing", "resume: missing")
 
 
 def test_no_class_or_protocol_is_kept_alive():
@@ -927,36 +862,29 @@ def test_new_classes_in_old_ones_memory_are_checked_anew():
             gc.collect()
 
 
-def test_threads_agree_while_the_class_changes():
-    cls = copy_of_disk()
-    component = cls()
-    good = cls.pause
-    start, stop = threading.Barrier(4), threading.Event()
+def test_threads_agree_while_classes_come_and_go():
+    start = threading.Barrier(4)
     unexpected = []
 
-    def check():
+    def check(is_bad):
         start.wait()
-        while not stop.is_set():
+        for k in range(300):
+            cls = copy_of_disk()
+            if is_bad := not is_bad:
+                cls.pause = bad
             try:
-                verify(component, Migratable)
+                verify(cls(), Migratable)
+                found = ()
             except ContractError as error:
-                if error.problems not in (BAD_PAUSE, ("pause: missing",)):
-                    unexpected.append(error.problems)
-            except BaseException as error:
-                unexpected.append(error)
-                raise
+                found = error.problems
+            if found != (BAD_PAUSE if is_bad else ()):
+                unexpected.append(found)
+            if k % 100 == 0:
+                gc.collect()
 
-    threads = [threading.Thread(target=check) for _ in range(3)]
+    threads = [threading.Thread(target=check, args=(k % 2 == 0,)) for k in range(4)]
     for thread in threads:
         thread.start()
-    start.wait()
-    for _ in range(300):
-        del cls.pause
-        cls.pause = bad
-        assert problems(component, Migratable) == BAD_PAUSE
-        cls.pause = good
-        assert verify(component, Migratable) == ()
-    stop.set()
     for thread in threads:
         thread.join()
     assert unexpected == []
@@ -1063,16 +991,3 @@ def test_every_method_fulfils_its_own_contract(shape):
     protocol = type("Contract", (Protocol,), {"call": method(shape)})
     assert verify(type("Component", (), {"call": method(shape)})(), protocol) == ()
     assert verify(protocol, protocol) == ()
-
-
-@given(shapes(), st.integers(0, 3), st.sets(st.sampled_from(NAMES)), shapes(variadic=False))
-def test_a_partial_is_read_as_it_is_called(shape, count, names, contract):
-    function = functools.partial(method(shape), 0, *range(count), **dict.fromkeys(names, 0))
-    protocol = type("Contract", (Protocol,), {"call": method(contract)})
-    component = types.SimpleNamespace(call=function)
-    try:
-        verify(component, protocol)
-    except ContractError:
-        return
-    for args, kwargs in calls(contract):
-        component.call(*args, **kwargs)

@@ -2,97 +2,60 @@
 
 `verify` reads what is there and runs none of it. A member is looked up where Python would find
 it, in the instance's ``__dict__`` and the classes it inherits from, but no property, descriptor,
-``__getattr__`` or ``__getattribute__`` is asked. What only these could answer counts as missing,
-and a method whose parameters cannot be read (many written in C, decorators that are descriptors
-of their own) is accepted as it is.
+``__getattr__`` or ``__getattribute__`` is asked. What only these could answer counts as missing.
+A method whose parameters cannot be read so is accepted as it is: `functools.partial`, decorators
+that are descriptors of their own, much that is written in C.
 
 A method must take each argument both by position and under the contract's name for it. A wrapper
 made with `functools.wraps` must take them by its own parameters; where these are ``*args`` or
 ``**kwargs``, so must what it wraps. Whether it is async is judged by the wrapper alone, because
 that is what runs. Methods with double underscores are called by position only.
 
-A class that was found to be in order, by plain functions alone, is remembered and not kept alive.
-It is checked anew when it or a base has changed since; a function changed in place (its
-``__code__`` or ``__defaults__``) is not noticed.
+A class that was found to be in order is remembered, though not kept alive. If it or a base is
+changed afterwards, it is not checked anew; instances that have a member of their own always are.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
+import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial, partialmethod
-from inspect import (
-    CO_ASYNC_GENERATOR,
-    CO_COROUTINE,
-    CO_GENERATOR,
-    CO_ITERABLE_COROUTINE,
-    CO_VARARGS,
-    CO_VARKEYWORDS,
-    Parameter,
-    Signature,
-    get_annotations,
-    signature,
-)
-from operator import itemgetter
-from struct import calcsize
-from types import (
-    BuiltinFunctionType,
-    ClassMethodDescriptorType,
-    FunctionType,
-    GetSetDescriptorType,
-    MemberDescriptorType,
-    MethodDescriptorType,
-    MethodType,
-    MethodWrapperType,
-    ModuleType,
-    WrapperDescriptorType,
-)
-from typing import (
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    NamedTuple,
-    Protocol,
-    TypeVar,
-    get_origin,
-    runtime_checkable,
-)
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from inspect import Parameter
+from types import FunctionType, MemberDescriptorType
+from typing import Any, Generic, Literal, Protocol, SupportsAbs
+
+from attrs import frozen
 
 from vmmig import traits
 from vmmig.errors import ContractError, MigratableError
 
 __all__ = ["DefaultMethodWarning", "verify"]
 
-_T_co = TypeVar("_T_co", covariant=True)
-
 # The type's own accessors: a metaclass has no say in what they return.
 _dict_of = type.__dict__["__dict__"].__get__
 _mro_of = type.__dict__["__mro__"].__get__
 _name_of = type.__dict__["__name__"].__get__
 
+_attribute_of = object.__getattribute__
+_keys_of = dict.keys
+
 _ABSENT: Any = object()
 _MAX_STEPS = 100
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_NOT_PLAIN = {
+    inspect.CO_COROUTINE: "an async function",
+    inspect.CO_ASYNC_GENERATOR: "an async generator function",
+    inspect.CO_GENERATOR: "a generator function",
+}
 _KEYWORD_ONLY = "parameter {} is keyword-only, the contract also passes it by position"
-_POINTER_BYTES = calcsize("P")
-_ASYNC = CO_COROUTINE | CO_ITERABLE_COROUTINE
-_CACHED_FUNCTION = type(lru_cache(lambda: None))
-_CLASS_VAR = type(ClassVar[int])
-_C_CALLABLES = (
-    BuiltinFunctionType,
-    ClassMethodDescriptorType,
-    MethodDescriptorType,
-    MethodWrapperType,
-    WrapperDescriptorType,
-)
-_BOUND_TO_INSTANCE = (
-    FunctionType,
-    _CACHED_FUNCTION,
-    ClassMethodDescriptorType,
-    MethodDescriptorType,
-    WrapperDescriptorType,
+_C_METHODS = (
+    types.ClassMethodDescriptorType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
 )
 
 
@@ -130,8 +93,8 @@ def verify(
             must be there and callable as it declares them; its other members must be there.
         defaults: What to do about default methods of vmmig's traits that a component with
             state inherits: warn of them, count them as errors, or nothing. A component has
-            state if its ``__dict__`` holds anything, or if its class gives it a place for
-            some: an ``__init__`` or ``__new__``, slots, annotated attributes, a base in C.
+            state if its ``__dict__`` holds anything, or if its class has an ``__init__``, a
+            ``__new__`` (as every class written in C does) or slots.
 
     Returns:
         The names of the default methods of vmmig's traits that the component runs on.
@@ -159,251 +122,155 @@ def verify(
     if defaults not in ("warn", "error", "ignore"):
         raise MigratableError(f"defaults is 'warn', 'error' or 'ignore', not {defaults!r}")
     contract = _contracts.get(id(protocol)) or _contract(protocol)
-    subject: Any = type(component)
-    own: dict[str, Any] = {}
-    if issubclass(subject, type):
-        subject = component
-    else:
-        own = _instance_dict(component)
-    verdict = contract.verdicts.get(id(subject))
-    if (
-        verdict is None
-        or not _still_so(verdict.sources, subject)
-        or not dict.keys(own).isdisjoint(contract.names)
+    verdict = contract.verdicts.get(id(type(component)))
+    if verdict is None or (
+        verdict.has_dict
+        and not _keys_of(_attribute_of(component, "__dict__")).isdisjoint(contract.names)
     ):
-        verdict = _check(component, subject, own, contract, defaults == "error")
-    found = verdict.defaults
-    if found and defaults != "ignore" and (verdict.declares_state or dict.__len__(own)):
-        _report(component, contract, found, defaults)
-    return found
+        verdict = _check(component, contract)
+    if verdict.problems or (verdict.defaults and defaults != "ignore"):
+        _report(component, contract, verdict, defaults)
+    return verdict.defaults
 
 
-class _Parameter(NamedTuple):
-    name: str
-    required: bool
-    by_name: bool
-    """Whether it can be passed by its name."""
-
-
-class _Parameters(NamedTuple):
-    """What a function takes, or what a contract passes."""
-
-    positional: Sequence[_Parameter]
-    keyword: dict[str, bool]
-    """By name only; whether each is required."""
-    var_positional: bool
-    var_keyword: bool
-
-
-class _Source(NamedTuple):
-    """What one class of a component's MRO has to say about the members not yet found."""
-
-    class_id: int
-    absent: tuple[str, ...]
-    """The members it does not have."""
-    present: Callable[[Any], tuple[Any, ...]] | None
-    """Gets those that it has from its ``__dict__``."""
-    present_ids: list[int]
-
-
-class _Verdict(NamedTuple):
-    """What is known of a class that fulfils a contract."""
-
-    sources: tuple[_Source, ...]
+@frozen(eq=False)
+class _Verdict:
+    problems: list[str]
     defaults: tuple[str, ...]
+    default_problems: list[str]
     declares_state: bool
-    guards: tuple[object, ...]
-    """Weak references to all that the sources name: the verdict goes when one of them does, so
-    no id in it can come to mean something else. Strong ones would keep the class alive."""
+    has_dict: bool
+    guard: object
 
 
-class _Contract(NamedTuple):
+@frozen(eq=False)
+class _Contract:
     name: str
-    members: dict[str, _Parameters | None]
-    """How each method is called; None for a member that is not called."""
-    names: tuple[str, ...]
-    default_methods: dict[str, tuple[object, str]]
-    """The default bodies from vmmig's traits, each with the trait's name."""
+    members: dict[str, Sequence[Parameter] | None]
+    """What is passed to each method; None for a member that is not called."""
+    names: frozenset[str]
     verdicts: dict[int, _Verdict]
+    """By the ids of the classes that fulfil it, as a metaclass may define a hash."""
     guard: object
 
 
 _contracts: dict[int, _Contract] = {}
 
 
-@runtime_checkable
-class _Empty(Protocol[_T_co]):
-    __slots__ = ()
+def _forgetting(subject: type, memory: dict[int, Any]) -> object:
+    """Have what is remembered of a class forgotten before its id can be another's."""
+    key = id(subject)
+    return weakref.ref(subject, lambda _: memory.pop(key, None))
 
 
 def _contract(protocol: Any) -> _Contract:
-    if not issubclass(type(protocol), type) or not _dict_of(protocol).get("_is_protocol"):
+    if not issubclass(type(protocol), type) or _dict_of(protocol).get("_is_protocol") is not True:
         raise ContractError(
             f"the contract to verify is a typing.Protocol class, not {_described(protocol)}"
         )
-    raw: dict[str, Any] = {}
-    classes = [
-        cls for cls in _mro_of(protocol) if cls is not object and cls not in (Protocol, Generic)
-    ]
+    # What typing adds to a Protocol class is seen on one of its own.
     machinery = {
-        *_dict_of(_Empty),
+        *(_dict_of(SupportsAbs).keys() - {"__abs__"}),
         *("__annotations__", "__class_getitem__", "__dict__", "__match_args__", "__weakref__"),
         *("__callable_proto_members_only__", "__non_callable_proto_members__", "__type_params__"),
     }
-    for cls in reversed(classes):
-        for name in (*get_annotations(cls), *_dict_of(cls)):
-            if name not in machinery:
-                raw[name] = _dict_of(cls).get(name)
-    drop = partial(_contracts.pop, id(protocol), None)
-    contract = _Contract(
+    members: dict[str, Sequence[Parameter] | None] = {}
+    for cls in reversed(_mro_of(protocol)):
+        if cls not in (object, Protocol, Generic):
+            for name in (*inspect.get_annotations(cls), *_dict_of(cls)):
+                if name not in machinery:
+                    members[name] = _passed(name, _dict_of(cls).get(name))
+    contract = _contracts[id(protocol)] = _Contract(
         name=_name_of(protocol),
-        members={name: _passed(name, value) for name, value in raw.items()},
-        names=tuple(raw),
-        default_methods={
-            name: (value, _name_of(cls))
-            for cls in classes
-            if _dict_of(cls).get("__module__") == traits.__name__
-            for name, value in raw.items()
-            if _dict_of(cls).get(name) is value
-        },
+        members=members,
+        names=frozenset(members),
         verdicts={},
-        guard=weakref.ref(protocol, lambda _: drop()),
+        guard=_forgetting(protocol, _contracts),
     )
-    _contracts[id(protocol)] = contract
     return contract
 
 
-def _passed(name: str, raw: object) -> _Parameters | None:
+def _passed(name: str, raw: object) -> Sequence[Parameter] | None:
     """What the contract passes to a method; None if it is not one."""
-    function, skip, _ = _bound(raw)
+    function, skip = _bound(raw)
     if type(function) is not FunctionType or function is _unknown:
         return None
     parameters = _parameters(function)
-    positional = parameters.positional[skip:]
-    if _is_special(name):
-        positional = [parameter._replace(by_name=False) for parameter in positional]
-    return parameters._replace(positional=positional)
-
-
-def _check(
-    component: object,
-    subject: type,
-    own: dict[str, Any],
-    contract: _Contract,
-    defaults_are_errors: bool,
-) -> _Verdict:
-    sources, members, guarded = _sources(subject, contract.names)
-    problems: list[str] = []
-    defaults: list[str] = []
-    from_class = True
-    for name, wanted in contract.members.items():
-        raw = members.get(name, _ABSENT)
-        found = dict.get(own, name, _ABSENT)
-        if found is not _ABSENT and not _is_special(name) and not _is_data_descriptor(raw):
-            callee = _Callee(found)
-            from_class = False
-        elif raw is _ABSENT:
-            callee = _Callee(_mocked(type(component), own, name))
-            from_class = False
-        elif type(raw) is MemberDescriptorType:
-            callee = _Callee(_slot(component, subject, raw))
-            from_class = False
-        else:
-            callee = _bound(raw)
-            if raw is contract.default_methods.get(name, (None,))[0]:
-                defaults.append(name)
-        if callee.value is _ABSENT:
-            problems += _missing(component, subject, name, raw, wanted)
-        elif wanted is not None:
-            found_wrong = _call_problems(callee, wanted)
-            if not found_wrong and component is subject and _is_abstract(subject, name):
-                found_wrong = ["is abstract"]
-            problems += (f"{name}: {problem}" for problem in found_wrong)
-    declares_state = any(map(_declares_state, _mro_of(subject))) or _has_room_for_state(subject)
-    verdict = _Verdict(sources, tuple(defaults), declares_state, ())
-    if problems:
-        if defaults_are_errors and (declares_state or dict.__len__(own)):
-            problems += _default_problems(contract, verdict.defaults)
-        raise ContractError(
-            f"{_described(component)} does not fulfil {contract.name}", problems=problems
-        )
-    if from_class and all(type(raw) is FunctionType for raw in members.values()):
-        drop = partial(contract.verdicts.pop, id(subject), None)
-        guards = (*(weakref.ref(value, lambda _: drop()) for value in guarded),)
-        contract.verdicts[id(subject)] = verdict._replace(guards=guards)
-    return verdict
-
-
-def _sources(
-    subject: type, names: Sequence[str]
-) -> tuple[tuple[_Source, ...], dict[str, Any], list[Any]]:
-    """Where the members are found, what they are there, and what must live for this to hold."""
-    sources: list[_Source] = []
-    members: dict[str, Any] = {}
-    guarded: list[Any] = []
-    for cls in _mro_of(subject):
-        if not names:
-            break
-        own = _dict_of(cls)
-        every = ((name, own.get(name, _ABSENT)) for name in names)
-        here = {name: value for name, value in every if value is not _ABSENT}
-        names = tuple(name for name in names if name not in here)
-        # An itemgetter of one name would return no tuple.
-        wanted = [*here] * 2 if len(here) == 1 else [*here]
-        present = itemgetter(*wanted) if wanted else None
-        sources.append(_Source(id(cls), names, present, [id(here[name]) for name in wanted]))
-        members |= here
-        guarded += (cls, *here.values())
-    return tuple(sources), members, guarded
-
-
-def _still_so(sources: tuple[_Source, ...], subject: type) -> bool:
-    try:
-        for cls, (class_id, absent, present, ids) in zip(_mro_of(subject), sources):  # noqa: B905
-            own = _dict_of(cls)
-            if (
-                id(cls) != class_id
-                or (absent and not own.keys().isdisjoint(absent))
-                or (present is not None and [*map(id, present(own))] != ids)
-            ):
-                return False
-    except KeyError:
-        return False
-    return True
-
-
-def _report(component: object, contract: _Contract, defaults: tuple[str, ...], action: str) -> None:
-    text = f"{_described(component)} has state, but runs on default methods"
-    problems = _default_problems(contract, defaults)
-    if action == "error":
-        raise ContractError(text, problems=problems)
-    warnings.warn(DefaultMethodWarning(text, problems=problems), stacklevel=3)
-
-
-def _default_problems(contract: _Contract, defaults: Iterable[str]) -> list[str]:
+    at = min(skip, sum(parameter.kind in _POSITIONAL for parameter in parameters))
     return [
-        f"{name}: is the default of {contract.default_methods[name][1]}, which does nothing"
-        for name in defaults
+        parameter.replace(kind=Parameter.POSITIONAL_ONLY)
+        if _is_special(name) and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
+        else parameter
+        for parameter in parameters[at:]
     ]
 
 
-def _missing(
-    component: object, subject: type, name: str, raw: object, wanted: _Parameters | None
-) -> list[str]:
-    if raw is not _ABSENT:
-        if component is subject:
-            return [] if wanted is None else [f"{name}: is a slot, which only an instance fills"]
-        return [f"{name}: missing, its slot is empty"]
-    if component is subject and wanted is None:
-        if any(name in _annotations(cls) for cls in _mro_of(subject)):
+def _check(component: Any, contract: _Contract) -> _Verdict:
+    is_class = issubclass(type(component), type)
+    subject: type = component if is_class else type(component)
+    if is_class and (known := contract.verdicts.get(id(subject))):
+        return known
+    own = _own_members(component)
+    is_mock = not is_class and _is_mock(subject)
+    source, own = _as_specified(component, own, contract.names) if is_mock else (subject, own)
+    problems: list[str] = []
+    defaults: dict[str, str] = {}
+    of_class = not is_mock
+    for name, wanted in contract.members.items():
+        raw = _lookup(source, name)
+        value, skip = _bound(raw)
+        if type(raw) is MemberDescriptorType:
+            value, of_class = _slot(raw, component), False
+        elif raw is _ABSENT:
+            of_class = False
+        elif type(raw) is FunctionType and raw.__globals__ is vars(traits) and not is_mock:
+            trait = raw.__code__.co_qualname.partition(".")[0]
+            defaults[name] = f"{name}: is the default of {trait}, which does nothing"
+        if is_mock or not (_is_special(name) or _is_data_descriptor(raw)):
+            found = dict.get(own, name, _ABSENT)
+            if found is not _ABSENT:
+                value, skip, of_class = found, 0, False
+                defaults.pop(name, None)
+        if value is _ABSENT:
+            problems += _missing(name, wanted is None and is_class, raw, source)
+        elif wanted is not None:
+            problems += (f"{name}: {wrong}" for wrong in _call_problems(value, skip, wanted))
+    verdict = _Verdict(
+        problems=problems,
+        defaults=tuple(defaults),
+        default_problems=[*defaults.values()],
+        declares_state=any(map(_declares_state, _mro_of(subject))),
+        has_dict=_has_dict(subject),
+        guard=_forgetting(subject, contract.verdicts),
+    )
+    # What is remembered of a metaclass would be taken for a verdict on its instances.
+    if of_class and not problems and not issubclass(subject, type):
+        contract.verdicts[id(subject)] = verdict
+    return verdict
+
+
+def _report(component: Any, contract: _Contract, verdict: _Verdict, defaults: str) -> None:
+    problems = verdict.problems
+    what = _described(component)
+    if verdict.declares_state or dict.__len__(_own_members(component)):
+        if defaults == "error":
+            problems = problems + verdict.default_problems
+        elif defaults == "warn" and verdict.defaults and not problems:
+            text = f"{what} has state, but runs on default methods"
+            warning = DefaultMethodWarning(text, problems=verdict.default_problems)
+            warnings.warn(warning, stacklevel=3)
+    if problems:
+        raise ContractError(f"{what} does not fulfil {contract.name}", problems=problems)
+
+
+def _missing(name: str, may_be_set_later: bool, raw: object, source: type) -> list[str]:
+    if may_be_set_later:
+        notes = [_dict_of(cls).get("__annotations__") for cls in _mro_of(source)]
+        if raw is not _ABSENT or any(name in note for note in notes if type(note) is dict):
             return []
-        return [
-            f"{name}: the class neither has nor declares it; if __init__ sets it, "
-            "verify an instance"
-        ]
-    for hook in ("__getattr__", "__getattribute__"):
-        if type(_lookup(subject, hook)) is FunctionType and not _is_mock(subject):
-            return [f"{name}: missing; {hook} is not asked for it, because that would run code"]
+        return [f"{name}: missing in the class; if __init__ sets it, verify an instance"]
+    if type(_lookup(source, "__getattr__")) is FunctionType:
+        return [f"{name}: missing; __getattr__ is not asked for it, because that would run code"]
     return [f"{name}: missing"]
 
 
@@ -415,308 +282,193 @@ def _lookup(cls: type, name: str) -> Any:
     return _ABSENT
 
 
-def _instance_dict(component: object) -> dict[str, Any]:
-    for cls in _mro_of(type(component)):
-        raw = _dict_of(cls).get("__dict__")
-        kind = type(raw)
-        if kind is GetSetDescriptorType or kind is MemberDescriptorType:
-            try:
-                own = raw.__get__(component)
-            except TypeError:
-                continue
-            return own if issubclass(type(own), dict) else {}
-    return {}
+def _has_dict(cls: type) -> bool:
+    """Whether instances have a ``__dict__`` that Python keeps, not a property of that name."""
+    raw = _lookup(cls, "__dict__")
+    return _is_one_of(type(raw), (types.GetSetDescriptorType, MemberDescriptorType)) and any(
+        raw.__objclass__ is base for base in _mro_of(cls)
+    )
 
 
-def _slot(component: object, subject: type, raw: MemberDescriptorType) -> Any:
-    if component is subject or not any(raw.__objclass__ is base for base in _mro_of(subject)):
-        return _ABSENT
+def _own_members(component: object) -> dict[str, Any]:
+    if issubclass(type(component), type) or not _has_dict(type(component)):
+        return {}
+    own: dict[str, Any] = _attribute_of(component, "__dict__")
+    return own
+
+
+def _slot(raw: Any, component: object) -> Any:
     try:
         return raw.__get__(component)
-    except AttributeError:
+    except (AttributeError, TypeError):  # it is empty, or there is no instance
         return _ABSENT
 
 
-def _is_one_of(kind: type, kinds: Iterable[type]) -> bool:
-    """Membership by identity: a metaclass may define what is equal and what the hash is."""
-    return any(kind is known for known in kinds)
+def _has(kind: type, name: str) -> bool:
+    return _lookup(kind, name) is not _ABSENT
 
 
 def _is_data_descriptor(raw: object) -> bool:
+    return _has(type(raw), "__set__") or _has(type(raw), "__delete__")
+
+
+def _bound(raw: Any) -> tuple[Any, int]:
+    """What a class's attribute is on an instance, and how many arguments come before others."""
     kind = type(raw)
-    return _lookup(kind, "__set__") is not _ABSENT or _lookup(kind, "__delete__") is not _ABSENT
-
-
-class _Callee(NamedTuple):
-    """Something that is called with the contract's arguments and some that come before them."""
-
-    value: Any
-    skip: int = 0
-    """How many arguments are passed before the contract's, such as ``self``."""
-    given: frozenset[str] = frozenset()
-    """The names of those that are passed by name."""
-
-
-def _bound(raw: Any) -> _Callee:
-    """What a class's attribute becomes on an instance."""
-    kind = type(raw)
-    if _is_one_of(kind, _BOUND_TO_INSTANCE):
-        return _Callee(raw, 1)
-    if kind is staticmethod:
-        return _Callee(raw.__func__)
-    if kind is partial:  # a method from Python 3.14 on, as it was announced in 3.13
-        return _Callee(raw, int(sys.version_info >= (3, 14)))
-    if kind is classmethod:
-        return _Callee(raw.__func__, 1)
-    if kind is partialmethod:
-        value, skip, given = _bound(raw.func)
-        if value is raw.func and skip == 0:  # it does not bind, so the instance is passed on
-            skip = 1
-        return _Callee(value, skip + len(raw.args), given | raw.keywords.keys())
-    if kind is MethodType or _lookup(kind, "__get__") is _ABSENT:
-        return _Callee(raw)
-    if _is_mock(kind, "MagicProxy"):
-        return _Callee(_unknown)
-    if _lookup(kind, "__call__") is _ABSENT or _is_mock(kind):
-        return _Callee(raw)
-    return _Callee(_unknown)
+    if kind is FunctionType or _is_one_of(kind, _C_METHODS):
+        return raw, 1
+    if kind is staticmethod or kind is classmethod:
+        return raw.__func__, int(kind is classmethod)
+    if kind is types.MethodType or issubclass(kind, cached_property) or _is_data_descriptor(raw):
+        return raw, 0
+    return _unknown if _has(kind, "__get__") else raw, 0
 
 
 def _unknown(*args: object, **kwargs: object) -> None:
     """Stands for a callable whose parameters cannot be known without running it."""
 
 
-async def _unknown_async(*args: object, **kwargs: object) -> None:
-    """Stands for an async one."""
-
-
-def _call_problems(callee: _Callee, wanted: _Parameters) -> list[str]:
-    """What is wrong with calling ``callee`` as the contract does."""
-    value, skip, given = callee
+def _call_problems(value: Any, skip: int, wanted: Sequence[Parameter]) -> list[str]:
+    """What is wrong with a call that passes ``skip`` arguments and then what is wanted."""
     wrapped = False
     for _ in range(_MAX_STEPS):
         kind = type(value)
         if kind is FunctionType:
-            if not wrapped and (what := _not_plain(value)):
-                return [f"is {what}; the contract calls it as a plain one"]
+            for flag, what in _NOT_PLAIN.items():
+                if value.__code__.co_flags & flag and not wrapped:
+                    return [f"is {what}; the contract calls it as a plain one"]
             takes = _parameters(value)
-            problems = _mismatches(takes, skip, given, wanted)
-            if problems or not (takes.var_positional or takes.var_keyword):
+            problems = _mismatches(takes, skip, wanted)
+            is_open = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in takes)
+            inner = dict.get(value.__dict__, "__wrapped__", _ABSENT)
+            if problems or not is_open or inner is _ABSENT:
                 return problems
-            declared = value.__dict__.get("__signature__")
-            if type(declared) is Signature:
-                return _mismatches(_parameters_of(declared), skip, given, wanted)
-            if "__wrapped__" not in value.__dict__:
-                return []
-            value, wrapped = value.__dict__["__wrapped__"], True
-        elif kind is MethodType:
+            value, wrapped = inner, True
+        elif kind is types.MethodType:
             value, skip = value.__func__, skip + 1
-        elif kind is partial:
-            value, skip, given = value.func, skip + len(value.args), given | value.keywords.keys()
-        elif kind is _CACHED_FUNCTION:
-            value = value.__dict__.get("__wrapped__", _unknown)
-        elif _is_one_of(kind, _C_CALLABLES):
+        # Of what is bound to anything but a module, inspect would ask that thing's __class__.
+        elif _is_one_of(kind, _C_METHODS) or (
+            kind is types.BuiltinFunctionType and type(value.__self__) is types.ModuleType
+        ):
             try:
-                declared = signature(value)
-            except (TypeError, ValueError):
+                takes = [*inspect.signature(value).parameters.values()]
+            except ValueError:  # it does not say what it takes
                 return []
-            return _mismatches(_parameters_of(declared), skip, given, wanted)
-        elif issubclass(kind, type):
-            return []
-        elif value is None:
-            return ["is None, which means that it is not supported"]
-        elif (call := _lookup(kind, "__call__")) is _ABSENT or _is_mock(kind, "PropertyMock"):
-            if _lookup(kind, "__get__") is not _ABSENT:
-                return [f"is {_a(kind)}; the contract calls it as a method"]
-            return [f"is {_a(kind)}, which cannot be called"]
-        elif _is_mock(kind):
-            if _is_mock(kind, "AsyncMock"):
-                return ["is an AsyncMock; the contract calls it as a plain function"]
-            declared = _dict_of(kind).get("__signature__")
-            if type(declared) is not Signature:
-                return []
-            return _mismatches(_parameters_of(declared), skip, given, wanted)
+            return _mismatches(takes, skip, wanted)
+        elif not _has(kind, "__call__"):
+            return [f"is of type {_name_of(kind)}, not a method"]
+        elif _is_mock(kind, "AsyncMock"):
+            return ["is an AsyncMock; the contract calls it as a plain function"]
+        elif _is_mock(kind) and "__signature__" in _dict_of(kind):  # as autospec leaves it
+            return _mismatches([*_dict_of(kind)["__signature__"].parameters.values()], skip, wanted)
         else:
-            value, more, also_given = _bound(call)
-            skip, given = skip + more, given | also_given
+            value, more = _bound(_lookup(kind, "__call__"))
+            skip += more
     return [f"is wrapped more than {_MAX_STEPS} times"]
 
 
-def _not_plain(function: FunctionType) -> str | None:
-    flags = function.__code__.co_flags
-    # The mark is that of inspect.markcoroutinefunction, which is new in Python 3.12.
-    if flags & _ASYNC or "_is_coroutine_marker" in function.__dict__:
-        return "an async function"
-    if flags & CO_ASYNC_GENERATOR:
-        return "an async generator function"
-    return "a generator function" if flags & CO_GENERATOR else None
+def _parameters(function: FunctionType) -> list[Parameter]:
+    """What a function itself takes, whatever it wraps or says that it takes."""
+    bare = FunctionType(function.__code__, {}, None, function.__defaults__, function.__closure__)
+    bare.__kwdefaults__ = function.__kwdefaults__
+    return [*inspect.signature(bare).parameters.values()]
 
 
-def _parameters(function: FunctionType) -> _Parameters:
-    """What a Python function itself takes, whatever it wraps or says that it takes."""
-    code = function.__code__
-    count = code.co_argcount
-    required = count - len(function.__defaults__ or ())
-    optional = function.__kwdefaults__ or {}
-    names = code.co_varnames
-    return _Parameters(
-        [
-            _Parameter(name, at < required, at >= code.co_posonlyargcount)
-            for at, name in enumerate(names[:count])
-        ],
-        {name: name not in optional for name in names[count : count + code.co_kwonlyargcount]},
-        bool(code.co_flags & CO_VARARGS),
-        bool(code.co_flags & CO_VARKEYWORDS),
-    )
-
-
-def _parameters_of(declared: Signature) -> _Parameters:
-    parameters = declared.parameters.values()
-    kinds = {parameter.kind for parameter in parameters}
-    return _Parameters(
-        [
-            _Parameter(
-                parameter.name,
-                parameter.default is Parameter.empty,
-                parameter.kind is Parameter.POSITIONAL_OR_KEYWORD,
-            )
-            for parameter in parameters
-            if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-        ],
-        {
-            parameter.name: parameter.default is Parameter.empty
-            for parameter in parameters
-            if parameter.kind is Parameter.KEYWORD_ONLY
-        },
-        Parameter.VAR_POSITIONAL in kinds,
-        Parameter.VAR_KEYWORD in kinds,
-    )
-
-
-def _mismatches(
-    takes: _Parameters, skip: int, given: frozenset[str], wanted: _Parameters
-) -> list[str]:
+def _mismatches(takes: list[Parameter], skip: int, wanted: Sequence[Parameter]) -> list[str]:
     """Where what a function takes differs from what the contract passes."""
-    if skip > len(takes.positional) and not takes.var_positional:
-        if not takes.positional:
-            return ["takes no argument, not even self"]
-        return [f"takes {_counted(len(takes.positional))}, but is bound to {skip} already"]
-    filled = {p.name for p in takes.positional[:skip] if p.by_name}
-    free = takes.positional[skip:]
-    keyword = dict(takes.keyword)
-    for at, parameter in enumerate(free):
-        if parameter.by_name and parameter.name in given:
-            # Passed by name, it and all after it can no longer be reached by position.
-            keyword |= {p.name: p.required for p in free[at:]}
-            free = free[:at]
-            takes = takes._replace(var_positional=False)
-            break
-    for name in sorted(given):
-        if name in filled or not (takes.var_keyword or name in keyword):
-            return [f"is a partial that passes {name} by name, but its function cannot take it so"]
-    keyword = {name: required and name not in given for name, required in keyword.items()}
-    takes = takes._replace(positional=free, keyword=keyword)
-    return list(dict.fromkeys(_differences(takes, filled, wanted)))
+    bound = [p for p in takes if p.kind in _POSITIONAL][:skip]
+    kinds = {p.kind for p in takes}
+    if len(bound) < skip and Parameter.VAR_POSITIONAL not in kinds:
+        return ["takes no argument, not even self"]
+    # A parameter may be found wrong by position and by name.
+    return list(dict.fromkeys(_differences(bound, takes[len(bound) :], wanted)))
 
 
-def _differences(takes: _Parameters, filled: set[str], wanted: _Parameters) -> Iterator[str]:
-    """The same, once what is bound has been taken away and fills the parameters ``filled``."""
-    count = len(wanted.positional)
-    too_many = False
-    for at, passed in enumerate(wanted.positional):
-        if at < len(takes.positional):
-            parameter = takes.positional[at]
-            if passed.by_name and not parameter.by_name:
-                yield (
-                    f"parameter {at + 1} ({parameter.name}) is positional-only, "
-                    f"the contract also passes {passed.name} by name"
-                )
-            elif passed.by_name and parameter.name != passed.name:
-                yield (
-                    f"parameter {at + 1} is called {parameter.name}, "
-                    f"the contract passes {passed.name} by name"
-                )
-            if parameter.required and not passed.required:
-                yield f"requires {parameter.name}, which the contract may leave out"
-            if parameter.by_name:
-                filled.add(parameter.name)
-        elif not takes.var_positional:
-            if passed.name in takes.keyword:
-                yield _KEYWORD_ONLY.format(passed.name)
+def _differences(
+    bound: list[Parameter], takes: list[Parameter], wanted: Sequence[Parameter]
+) -> Iterator[str]:
+    kinds = {p.kind for p in takes}
+    positional = [p for p in takes if p.kind in _POSITIONAL]
+    keyword_only = {p.name for p in takes if p.kind is Parameter.KEYWORD_ONLY}
+    passed = [p for p in wanted if p.kind in _POSITIONAL]
+    passed_by_name = {p.name: p for p in wanted if p.kind is Parameter.KEYWORD_ONLY}
+    filled = {p.name for p in (*bound, *positional[: len(passed)]) if _by_name(p)}
+    rest = positional[len(passed) :]
+    named = {p.name for p in rest if _by_name(p)} | keyword_only
+    any_name = Parameter.VAR_KEYWORD in kinds
+
+    for at, (given, own) in enumerate(zip(passed, positional, strict=False), start=1):
+        if _by_name(given) and not _by_name(own):
+            yield (
+                f"parameter {at} ({own.name}) is positional-only, "
+                f"the contract also passes {given.name} by name"
+            )
+        elif _by_name(given) and own.name != given.name:
+            yield f"parameter {at} is called {own.name}, the contract passes {given.name} by name"
+        if _required(own) and not _required(given):
+            yield f"requires {own.name}, which the contract may leave out"
+    for given in passed[len(positional) :]:
+        if Parameter.VAR_POSITIONAL not in kinds:
+            if given.name in keyword_only:
+                yield _KEYWORD_ONLY.format(given.name)
             else:
-                too_many = True
-        elif passed.by_name and (
-            passed.name in filled or not (takes.var_keyword or passed.name in takes.keyword)
-        ):
-            yield f"takes {passed.name} by position only, the contract also passes it by name"
-    if too_many:
-        names = ", ".join(parameter.name for parameter in wanted.positional)
-        yield (
-            f"takes {_counted(len(takes.positional))}, but the contract passes {count}: ({names})"
-        )
+                yield f"takes {_names(positional)}, the contract passes {_names(passed)}"
+        elif _by_name(given) and (given.name in filled or not (any_name or given.name in named)):
+            yield f"takes {given.name} by position only, the contract also passes it by name"
 
-    rest = takes.positional[count:]
-    by_name = takes.keyword | {p.name: p.required for p in rest if p.by_name}
-    if wanted.var_positional:
-        filled.update(parameter.name for parameter in rest if parameter.by_name)
-    for name in wanted.keyword:
-        if name in filled or not (takes.var_keyword or name in by_name):
+    any_number = any(p.kind is Parameter.VAR_POSITIONAL for p in wanted)
+    if any_number:
+        filled.update(p.name for p in rest if _by_name(p))
+    for name in passed_by_name:
+        if name in filled or not (any_name or name in named):
             yield f"does not take {name} by name, as the contract passes it"
-    by_position = {parameter.name for parameter in wanted.positional}
-    for name, required in {**by_name, **{p.name: p.required for p in rest}}.items():
-        if not required or (name in by_name and wanted.keyword.get(name)):
+    for own in (*(p for p in takes if p.name in keyword_only), *rest):
+        filler = passed_by_name.get(own.name) if own.name in named else None
+        if not _required(own) or (filler and _required(filler)):
             continue
-        if name in by_name and name in wanted.keyword:
-            yield f"requires {name}, which the contract may leave out"
-        elif name in takes.keyword and name in by_position:
-            yield _KEYWORD_ONLY.format(name)
+        if filler:
+            yield f"requires {own.name}, which the contract may leave out"
+        elif own.name in keyword_only and any(own.name == p.name for p in passed):
+            yield _KEYWORD_ONLY.format(own.name)
         else:
-            yield f"requires {name}, which the contract does not pass"
-    if wanted.var_positional and not takes.var_positional:
+            yield f"requires {own.name}, which the contract does not pass"
+    if any_number and Parameter.VAR_POSITIONAL not in kinds:
         yield "takes no *args, but the contract passes any number of arguments"
-    if wanted.var_keyword and not takes.var_keyword:
+    if any(p.kind is Parameter.VAR_KEYWORD for p in wanted) and not any_name:
         yield "takes no **kwargs, but the contract passes arguments of any name"
+
+
+def _by_name(parameter: Parameter) -> bool:
+    return parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
+
+
+def _required(parameter: Parameter) -> bool:
+    return parameter.default is Parameter.empty
+
+
+def _names(parameters: list[Parameter]) -> str:
+    return f"({', '.join(parameter.name for parameter in parameters)})"
 
 
 def _declares_state(cls: type) -> bool:
     own = _dict_of(cls)
-    if cls is object or cls is Generic or own.get("_is_protocol"):
+    if cls is object or own.get("_is_protocol") is True:
         return False
     # typing itself gives an heir of a Protocol object's own __init__ when it is first made.
-    if own.get("__init__", object.__init__) is not object.__init__ or "__new__" in own:
-        return True
-    return not all(map(_is_class_var, _annotations(cls).values()))
-
-
-def _has_room_for_state(cls: type) -> bool:
-    """Whether an instance has memory for more than a ``__dict__`` and weak references."""
-    plain_bytes = object.__basicsize__
-    for offset in ("__dictoffset__", "__weakrefoffset__"):
-        plain_bytes += _POINTER_BYTES * (type.__dict__[offset].__get__(cls) > 0)
-    size_bytes = type.__dict__["__basicsize__"].__get__(cls)
-    return bool(size_bytes > plain_bytes or type.__dict__["__itemsize__"].__get__(cls))
-
-
-def _annotations(cls: type) -> dict[str, Any]:
-    annotations = _dict_of(cls).get("__annotations__")
-    return annotations if type(annotations) is dict else {}
-
-
-def _is_class_var(annotation: Any) -> bool:
-    if type(annotation) is str:
-        return annotation.partition("[")[0].rpartition(".")[2] == "ClassVar"
-    return annotation is ClassVar or (
-        type(annotation) is _CLASS_VAR and get_origin(annotation) is ClassVar
+    return (
+        own.get("__init__", object.__init__) is not object.__init__
+        or "__new__" in own
+        or any(type(value) is MemberDescriptorType for value in own.values())
     )
-
-
-def _is_abstract(cls: type, name: str) -> bool:
-    names = _dict_of(cls).get("__abstractmethods__")
-    return type(names) is frozenset and name in names
 
 
 def _is_special(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
+
+
+def _is_one_of(kind: type, kinds: Sequence[type]) -> bool:
+    """Membership by identity: a metaclass may define what is equal."""
+    return any(kind is known for known in kinds)
 
 
 def _is_mock(cls: type, name: str = "NonCallableMock") -> bool:
@@ -725,36 +477,22 @@ def _is_mock(cls: type, name: str = "NonCallableMock") -> bool:
     return mock is not None and any(base is mock for base in _mro_of(cls))
 
 
-def _mocked(cls: type, own: dict[str, Any], name: str) -> Any:
-    """What a mock would answer, or a stand-in for what it would make."""
-    if not _is_mock(cls) or _is_special(name):
-        return _ABSENT
-    child = own["_mock_children"].get(name, _ABSENT)
-    if child is not _ABSENT:
-        if _is_mock(type(child)):
-            return child
-        return _unknown if _is_mock(type(child), "_SpecState") else _ABSENT
+def _as_specified(
+    component: object, own: dict[str, Any], names: frozenset[str]
+) -> tuple[type, dict[str, Any]]:
+    """The class that a mock stands for, and what the mock has beside what that class has."""
+    source: type = object if own["_spec_class"] is None else own["_spec_class"]
     spec = own["_mock_methods"]
-    if own["_mock_sealed"] or (spec is not None and name not in spec):
-        return _ABSENT
-    if name in own["_spec_asyncs"] or (_is_mock(cls, "AsyncMock") and spec is None):
-        return _unknown_async
-    return _unknown
+    child = component if _is_mock(type(component), "AsyncMock") else _unknown
+    made = {n: child for n in names if (spec is None or n in spec) and not _has(source, n)}
+    set_mocks = {n: value for n, value in own["_mock_children"].items() if _is_mock(type(value))}
+    return source, {**made, **set_mocks, **own}
 
 
 def _described(component: Any) -> str:
     cls: type = type(component)
     if issubclass(cls, type):
         return f"the class {_name_of(component)}"
-    if issubclass(cls, ModuleType):
-        return f"the module {_instance_dict(component).get('__name__')}"
+    if issubclass(cls, types.ModuleType):
+        return f"the module {_own_members(component).get('__name__')}"
     return str(_name_of(cls))
-
-
-def _a(cls: type) -> str:
-    name = _name_of(cls)
-    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
-
-
-def _counted(count: int) -> str:
-    return f"{count} argument{'' if count == 1 else 's'}"
