@@ -68,7 +68,7 @@ def scaled_settings(effort: float, **more: Any) -> settings:
 
 def as_test(law: Law, subject: Subject) -> Callable[..., None]:
     @scaled_settings(law.effort)
-    @given(first=subject.plans, later=subject.plans, other=subject.plans, data=st.data())
+    @given(other=subject.plans, later=subject.plans, first=subject.plans, data=st.data())
     def test(
         self: Any, first: list[Call], later: list[Call], other: list[Call], data: st.DataObject
     ) -> None:
