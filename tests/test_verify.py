@@ -149,7 +149,8 @@ GOOD = {
     "class": with_restore(dict),
     "descriptor that can be called": with_restore(Binding()),
     "declared signature": Declared(),
-    "C, no signature": types.SimpleNamespace(restore={}.update),
+    "C, bound": types.SimpleNamespace(restore={}.get),
+    "C, no signature": with_restore(dict.update),
     "in the instance": types.SimpleNamespace(restore=lambda snapshot: None),
     "in a slot": Slotted(lambda snapshot: None),
     "abstract, made concrete": type(
@@ -811,6 +812,10 @@ def test_a_mock_is_checked_each_time():
     assert problems(component, Restorable) == (
         "restore: is an AsyncMock; the contract calls it as a plain function",
     )
+    component = mock.Mock(spec=Restorable)
+    assert verify(component, Restorable) == ()
+    component.mock_add_spec(Pausable)
+    assert problems(component, Restorable) == ("restore: missing",)
 
 
 def test_a_data_descriptor_wins_over_the_instance():

@@ -485,8 +485,7 @@ def _as_specified(
     spec = own["_mock_methods"]
     child = component if _is_mock(type(component), "AsyncMock") else _unknown
     made = {n: child for n in names if (spec is None or n in spec) and not _has(source, n)}
-    set_mocks = {n: value for n, value in own["_mock_children"].items() if _is_mock(type(value))}
-    return source, {**made, **set_mocks, **own}
+    return source, {**made, **own}
 
 
 def _described(component: Any) -> str:
