@@ -510,40 +510,49 @@ class _Layout(NamedTuple):
 class _UncheckedSection(SnapshotDataSection):
     """A large section of a mapped container: checked when its bytes are first asked for."""
 
-    __slots__ = ("_part", "_sums", "_view")
+    __slots__ = ("_container", "_part", "_payload", "_sums")
 
-    def __init__(self, part: _Part, view: memoryview, sums: list[int]) -> None:
+    def __init__(self, part: _Part, container: memoryview, sums: list[int]) -> None:
         self.id = part.columns.section_ids[part.section]
         self._part: _Part | None = part
-        self._sums = sums[part.first_sum :][: part.chunks]
-        self._view: Buffer = view
+        self._container = container
+        self._sums = sums
+        self._payload: Buffer = b""
 
     @property
     def snapshot(self) -> Buffer:
-        if self._part is not None:
-            assert isinstance(self._view, memoryview)
-            view = self._view
-            found = [
-                checksum(view[start : start + CHUNK_BYTES])
-                for start in range(0, view.nbytes, CHUNK_BYTES)
-            ]
-            _check_chunks(self._part._replace(first_sum=0), found, self._sums)
-            self._part = None
-        return self._view
+        part = self._part
+        if part is not None:
+            view = self._container[part.start : part.end]
+            chunks = range(0, view.nbytes, CHUNK_BYTES)
+            found = [checksum(view[start : start + CHUNK_BYTES]) for start in chunks]
+            _check_chunks(part, found, self._sums)
+            self._payload, self._part = view, None
+        return self._payload
 
     @snapshot.setter
-    def snapshot(self, payload: Buffer) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def snapshot(self, payload: Buffer) -> None:
         raw_view(payload)
-        self._part, self._view = None, payload
+        self._payload, self._part = payload, None
 
     @property
     def nbytes(self) -> int:
-        return raw_view(self._view).nbytes
+        part = self._part
+        return raw_view(self._payload).nbytes if part is None else part.end - part.start
 
     def __repr__(self) -> str:
         if self._part is not None:
             return f"SnapshotDataSection({self.id!r}, {self.nbytes} bytes, not read yet)"
         return super().__repr__()
+
+
+def _blame(error: Exception, header: Header) -> DecodeError:
+    """Whatever went wrong, as a `DecodeError` that knows the container's header."""
+    if not isinstance(error, DecodeError):
+        cause = error.cause if isinstance(error, MigratableError) else error
+        error = DecodeError(cause, where="index")
+    error.version, error.writer = header.version, header.writer
+    return error
 
 
 def _decode(view: memoryview, header: Header, limits: Limits, lazily: bool) -> Snapshot:
@@ -566,8 +575,8 @@ def _decode(view: memoryview, header: Header, limits: Limits, lazily: bool) -> S
     sections = make_sections(columns.section_ids, layout.arrange(small, layout.large))
     end = layout.small_end
     for part in layout.large:
-        unchecked = _UncheckedSection(part, view[part.start : part.end], sums)
-        if any(view[end : part.start]):
+        unchecked = _UncheckedSection(part, view, sums)
+        if end != part.start and any(view[end : part.start]):
             raise DecodeError("the bytes before it are not zero", where=part.place)
         end = part.end
         if lazily:
@@ -595,15 +604,6 @@ def _read(source: _Source, header: Header, limits: Limits) -> Snapshot:
         at = part.first_sum - len(small)
         _check_chunks(part, found[at : at + part.chunks], sums)
     return build(*layout.columns[:4], layout.arrange(small, large))
-
-
-def _blame(error: Exception, header: Header) -> DecodeError:
-    """Whatever went wrong, as a `DecodeError` that knows the container's header."""
-    if not isinstance(error, DecodeError):
-        cause = error.cause if isinstance(error, MigratableError) else error
-        error = DecodeError(cause, where="index")
-    error.version, error.writer = header.version, header.writer
-    return error
 
 
 class _Source:

@@ -470,9 +470,13 @@ def flatten(root: Snapshot) -> Columns:
         while True:
             for node in islice(ahead, batch):
                 if below := node.snapshots:
-                    names = sorted(below) if len(below) > 1 else below
-                    keys += names
-                    nodes += [below[name] for name in names]
+                    if len(below) > 1:
+                        names = sorted(below)
+                        keys += names
+                        nodes += [below[name] for name in names]
+                    else:
+                        keys += below
+                        nodes += below.values()
             asked += batch
             if asked >= len(nodes):
                 break
@@ -576,7 +580,9 @@ def _grouped(
     With a ``start`` of 1 they are nodes, each of which must stand behind its parent.
     """
     nodes = start == 1
-    if max(counts) == 1 and not nodes:
+    if max(counts) == 1 and (not nodes or not counts[-1]):
+        if start:
+            keys, values = keys[start:], values[start:]
         single = iter([{key: value} for key, value in zip(keys, values, strict=True)])
         return [next(single) if count else {} for count in counts]
     groups: list[dict[str, _V]] = [{} for _ in counts]

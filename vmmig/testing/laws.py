@@ -27,6 +27,12 @@ from vmmig.traits import Snapshottable, Transportable
 from vmmig.verify import verify
 
 _HOUR_S = 3600
+_NOT_THE_COMPONENTS_FAULT = [
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+    HealthCheck.large_base_example,
+    HealthCheck.too_slow,
+]
 _UNKNOWN = "vmmig-unknown"
 
 
@@ -61,7 +67,7 @@ def scaled_settings(effort: float, **more: Any) -> settings:
     return settings(
         max_examples=max(1, round(settings().max_examples * effort)),
         deadline=None,
-        suppress_health_check=[*HealthCheck],
+        suppress_health_check=_NOT_THE_COMPONENTS_FAULT,
         **more,
     )
 
