@@ -531,7 +531,7 @@ class _UncheckedSection(SnapshotDataSection):
         return self._payload
 
     @snapshot.setter
-    def snapshot(self, payload: Buffer) -> None:
+    def snapshot(self, payload: Buffer) -> None:  # pyright: ignore
         raw_view(payload)
         self._payload, self._part = payload, None
 
