@@ -118,7 +118,7 @@ class Composite(UrlTransport):
                 raise ContractError(f"{id!r} has two parts with the id {name!r}")
             named[name] = component
         self._components = {name: named[name] for name in _start_order(id, named, depends_on or {})}
-        self._state: Literal["running", "paused"] | None = None
+        self._state: Literal["running", "paused", "unclear"] | None = None
         self._kept = Snapshot(id)
 
     def id(self) -> str:
@@ -158,8 +158,7 @@ class Composite(UrlTransport):
         Raises:
             SnapshotError: A part's snapshot failed or has another id, or the composite runs.
         """
-        if self._state == "running":
-            raise SnapshotError("it is running; pause it first", component_path=self._id)
+        self._refuse_unless_paused(SnapshotError)
         snapshot = Snapshot(self._id, dict(self._kept.snapshots), dict(self._kept.snapshot_data))
         for name, component in self._components.items():
             try:
@@ -188,8 +187,7 @@ class Composite(UrlTransport):
             RestoreError: The snapshot does not fit, the composite runs, or a part failed;
                 every part is as it was before.
         """
-        if self._state == "running":
-            raise RestoreError("it is running; pause it first", component_path=self._id)
+        self._refuse_unless_paused(RestoreError)
         report = self._fit(snapshot, missing, unknown)
         todo = [name for name in self._components if name in snapshot.snapshots]
         before: dict[str, Snapshot] = {}
@@ -227,6 +225,15 @@ class Composite(UrlTransport):
             dict(snapshot.snapshot_data),
         )
         return attrs.evolve(report, consumed=tuple(consumed))
+
+    def _refuse_unless_paused(self, kind: type[MigratableError]) -> None:
+        if self._state == "running":
+            raise kind("it is running; pause it first", component_path=self._id)
+        if self._state == "unclear":
+            raise kind(
+                "some parts may be running, after a failure that was not undone; pause it first",
+                component_path=self._id,
+            )
 
     def _fit(self, snapshot: Snapshot, missing: str, unknown: str) -> RestoreReport:
         """What does not fit, before anything is touched."""
@@ -278,6 +285,8 @@ class Composite(UrlTransport):
         reverse_kind: type[MigratableError],
     ) -> None:
         states = {"pause": "paused", "resume": "running"}
+        known = self._state in ("running", "paused")
+        untouched = states[reverse] if known else "as before"
         for k, (name, component) in enumerate(order):
             try:
                 getattr(component, action)()
@@ -287,10 +296,11 @@ class Composite(UrlTransport):
                     error,
                     name,
                     [(done, getattr(part, reverse)) for done, part in reversed(order[:k])],
-                    failed=states[reverse],
+                    failed=untouched,
                     undone=states[reverse],
                     left=states[action],
                     undo_kind=reverse_kind,
+                    untouched=untouched,
                 )
 
     def _undo(
@@ -304,6 +314,7 @@ class Composite(UrlTransport):
         undone: str,
         left: str,
         undo_kind: type[MigratableError] | None = None,
+        untouched: str = "as before",
     ) -> NoReturn:
         """Undo what was done before ``name`` failed with ``error``, and raise what happened.
 
@@ -311,15 +322,18 @@ class Composite(UrlTransport):
         promises (``failed``; ``left`` if undoing failed); after any other error, nobody knows.
         """
         undo_kind = undo_kind or kind
-        states = dict.fromkeys(self._components, undone)
+        states = dict.fromkeys(self._components, untouched)
         states[name] = failed if isinstance(error, kind) else "unknown"
         errors = [self._located(kind, error, name)] if isinstance(error, Exception) else []
         for done, action in undo:
+            states[done] = undone
             try:
                 action()
             except Exception as problem:
                 states[done] = left if isinstance(problem, undo_kind) else "unknown"
                 errors.append(self._located(undo_kind, problem, done))
+        if kind in (PauseError, ResumeError) and (len(errors) > 1 or "unknown" in states.values()):
+            self._state = "unclear"
         by_path = {f"{self._id}/{part}": state for part, state in states.items()}
         for known in errors:
             by_path.update(known.component_states)
