@@ -2,12 +2,6 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 
-from vmmig.testing.fixtures import (  # noqa: F401
-    vmmig_failing,
-    vmmig_faulty_stream,
-    vmmig_full_disk,
-)
-
 # Nothing here is about time: a slow moment of the machine is no failure.
 settings.register_profile(
     "vmmig",

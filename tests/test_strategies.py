@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -180,3 +182,12 @@ def test_from_type_knows_the_classes() -> None:
     assert game.machine == Snapshot("")
     assert find(st.from_type(Snapshot), lambda s: depth(s) == 2).id == ""
     assert settings.get_profile("vmmig-ci").max_examples == 1000
+
+
+def test_hypothesis_finds_them_by_itself() -> None:
+    code = (
+        "from hypothesis import find, strategies as st; from vmmig import Snapshot; "
+        "print(find(st.from_type(Snapshot), lambda s: s.snapshots))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "Snapshot('', snapshots: [''])\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ def vmmig_full_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a real file system of its own with 64 KiB of space; skips where none can be
     mounted.
     """
+    import subprocess
+
     folder = tmp_path / "full-disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]

@@ -11,6 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from vmmig.testing.fixtures import (  # noqa: F401
+    vmmig_failing,
+    vmmig_faulty_stream,
+    vmmig_full_disk,
+)
+
 _NOT_RUN = "."
 
 

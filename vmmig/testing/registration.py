@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
-from hypothesis import strategies as st
-
-from vmmig.memory import MemoryRange, MemoryRangeTable
-from vmmig.snapshot import Snapshot, SnapshotDataSection
+from typing import Any
 
 
 def register() -> None:
     """Make `hypothesis.strategies.from_type` know vmmig's classes; hypothesis calls it.
 
-    >>> from hypothesis import find
+    >>> from hypothesis import find, strategies as st
+    >>> from vmmig import Snapshot
     >>> register()
     >>> find(st.from_type(Snapshot), lambda snapshot: True)
     Snapshot('')
     """
 
-    def lazily(name: str) -> st.SearchStrategy[object]:
-        def strategy() -> st.SearchStrategy[object]:
+    # While hypothesis is being imported, it cannot be imported from here before this is called.
+    from hypothesis import settings
+    from hypothesis import strategies as st
+
+    from vmmig.memory import MemoryRange, MemoryRangeTable
+    from vmmig.snapshot import Snapshot, SnapshotDataSection
+
+    def lazily(name: str) -> Any:
+        def strategy() -> Any:
             from vmmig.testing import strategies
 
-            return getattr(strategies, name)()  # type: ignore[no-any-return]
+            return getattr(strategies, name)()
 
         return st.deferred(strategy)
 

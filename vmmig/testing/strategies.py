@@ -43,30 +43,23 @@ def snapshots(
         InvalidArgument: A bound is not what it should be.
 
     >>> from hypothesis import find
-    >>> find(snapshots(), lambda snapshot: any(s.nbytes for s in snapshot.snapshot_data.values()))
-    Snapshot('', snapshot_data: ['': 1 bytes])
+    >>> find(snapshots(max_nodes=5), lambda snapshot: snapshot.snapshot_data)
+    Snapshot('', snapshot_data: ['': 0 bytes])
     """
     _check_bound("max_nodes", max_nodes, 1)
     _check_bound("max_section_bytes", max_section_bytes, 0)
     ids = _ids() if ids is None else ids
     sections = st.dictionaries(ids, _payloads(0, max_section_bytes), max_size=3)
     below = st.tuples(st.integers(0, 7), ids, sections)
-    few = st.builds(
-        _tree, ids, sections, st.lists(below, max_size=min(max_nodes - 1, 12)), st.just((0, 0))
-    )
-    if max_nodes < 20:
-        return few
-    many = st.builds(
+    shapes = ["few", "few", "few", "deep", "wide"] if max_nodes >= 40 else ["few"]
+    return st.builds(
         _tree,
         ids,
         sections,
-        st.lists(below, max_size=6),
-        st.one_of(
-            st.tuples(st.integers(1, max_nodes - 8), st.just(0)),
-            st.tuples(st.just(0), st.integers(1, max_nodes - 8)),
-        ),
+        st.lists(below, max_size=min(max_nodes - 1, 12)),
+        st.sampled_from(shapes),
+        st.integers(20, max(20, max_nodes - 13)),
     )
-    return st.one_of(few, few, few, many)
 
 
 def snapshot_data_sections(
@@ -120,12 +113,17 @@ def memory_ranges(
         raise InvalidArgument(f"max_gpa={max_gpa} is not within 64 bits")
     pages = (max_gpa + 1) // page_bytes
     lengths = st.integers(0, min(max_length // page_bytes, pages))
-    return lengths.flatmap(
-        lambda length: st.builds(
-            lambda page: MemoryRange(page * page_bytes, length * page_bytes),
-            st.one_of(st.integers(0, pages - length), st.just(pages - length)),
-        )
-    )
+
+    def ranges(length: int) -> st.SearchStrategy[MemoryRange]:
+        last = pages - length
+
+        def at(page: int, from_the_end: bool) -> MemoryRange:
+            page = last - page if from_the_end else page
+            return MemoryRange(page * page_bytes, length * page_bytes)
+
+        return st.builds(at, st.one_of(st.just(0), st.integers(0, last)), st.booleans())
+
+    return lengths.flatmap(ranges)
 
 
 def memory_range_tables(
@@ -278,23 +276,25 @@ def _payloads(min_bytes: int, max_bytes: int) -> st.SearchStrategy[Any]:
     data = st.binary(min_size=min_bytes, max_size=min(max_bytes, max(min_bytes, 100)))
     sizes = [size for size in _NASTY_SIZES if min_bytes <= size <= max_bytes]
     if sizes:
-        large = st.builds(
-            lambda size, byte: bytes([byte]) * size, st.sampled_from(sizes), st.integers(0, 255)
+        data = st.builds(
+            lambda small, size: bytes(size) if size else small,
+            data,
+            st.sampled_from([0, 0, 0, *sizes]),
         )
-        data = st.one_of(data, data, data, large)
-    return st.one_of(
-        data, data, data, data.map(bytearray), data.map(lambda payload: memoryview(payload))
-    )
+    kinds = st.sampled_from([bytes, bytes, bytes, bytearray, memoryview])
+    return st.builds(lambda payload, kind: kind(payload), data, kinds)
 
 
 def _tree(
     id: str,
     sections: dict[str, Any],
     below: list[tuple[int, str, dict[str, Any]]],
-    shape: tuple[int, int],
+    shape: str,
+    size: int,
 ) -> Snapshot:
     """A tree of a root and the nodes ``below``, each under one that came before it."""
-    depth, width = shape
+    depth = size if shape == "deep" else 0
+    width = size if shape == "wide" else 0
     root = _node(id, sections)
     at = root
     for i in range(depth):
