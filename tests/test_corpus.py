@@ -216,6 +216,72 @@ class TestChecking:
             ]
         )
 
+    def test_what_is_observed_is_the_same_text_in_every_process(
+        self, project: Project, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        project.write("""
+import array, collections, dataclasses, enum
+
+class Color(enum.IntEnum):
+    RED = 1
+
+class Plain:
+    def __init__(self):
+        self.names = {"a", "b"}
+
+@dataclasses.dataclass
+class Record:
+    names: frozenset
+
+class Whole(int):
+    pass
+
+def observe(disk):
+    names = frozenset("abcdefgh")
+    return {
+        "enum": Color.RED,
+        "numbers": [True, Whole(1), 0.1, float("nan"), None],
+        "texts": ("a'b", "\\udc80"),
+        "bytes": bytearray(b"ab"),
+        "many": array.array("B", bytes(65)),
+        "names": names,
+        "by_key": {2: names, 1: collections.deque([1])},
+        "objects": [Plain(), Record(names)],
+        "type": int,
+    }
+
+OBSERVE = observe
+""")
+        project.record().assert_outcomes(passed=1)
+        for seed in ("1", "2"):
+            monkeypatch.setenv("PYTHONHASHSEED", seed)
+            project.pytester.runpytest_subprocess(*PLUGIN).assert_outcomes(passed=2)
+        names = "{'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'}"
+        sha256 = hashlib.sha256(bytes(65)).hexdigest()
+        assert project.provenance()["files"]["idle.vmsnap"]["observed"] == {
+            "enum": "Color.RED",
+            "numbers": "[True, 1, 0.1, nan, None]",
+            "texts": """["a'b", '\\udc80']""",
+            "bytes": "b'ab'",
+            "many": f"65 bytes with the sha256 {sha256}",
+            "names": names,
+            "by_key": f"{{1: [1], 2: {names}}}",
+            "objects": f"[Plain({{'names': {{'a', 'b'}}}}), Record({{'names': {names}}})]",
+            "type": "<class 'int'>",
+        }
+
+    def test_one_value_may_be_observed(self, project: Project) -> None:
+        project.write("OBSERVE = lambda disk: disk.sectors")
+        project.record().assert_outcomes(passed=1)
+        project.write("OBSERVE = lambda disk: [*disk.sectors]")
+        project.fails("recorded: {0, 1, 2}", "today:    [0, 1, 2]", failed=2)
+
+    def test_a_long_difference_is_shown_where_it_begins(self, project: Project) -> None:
+        project.write("OBSERVE = lambda disk: 'x' * 1000 + 'old' + 'y' * 1000")
+        project.record().assert_outcomes(passed=1)
+        project.write("OBSERVE = lambda disk: 'x' * 1000 + 'new' + 'y' * 1000")
+        project.fails(f"recorded: ...{'x' * 60}old{'y' * 237}", failed=2)
+
     def test_needs_no_plugin(self, recorded: Project) -> None:
         result = recorded.pytester.runpytest_inprocess("-p", "no:vmmig")
         result.assert_outcomes(passed=2)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from vmmig import MissingExtraError
 
 pytest_plugins = ["pytester"]
 
@@ -148,6 +151,13 @@ class TestSummary:
         """)
         assert "Disk 1F" in lines_of(pytester.runpytest_inprocess(*PLUGIN))
 
+    def test_is_about_laws_only(self, pytester: pytest.Pytester) -> None:
+        pytester.makepyfile(test_laws=LAWS, test_broken="1 / 0", other='""" >>> 1 / 0 """')
+        options = ("--doctest-modules", "--continue-on-collection-errors")
+        result = pytester.runpytest_inprocess(*PLUGIN, *options)
+        result.assert_outcomes(passed=5, failed=2, skipped=1, errors=2)
+        assert lines_of(result) == SUMMARY
+
     def test_is_silent_when_no_law_ran(self, pytester: pytest.Pytester) -> None:
         pytester.makepyfile("def test_nothing(): pass")
         result = pytester.runpytest_inprocess(*PLUGIN)
@@ -228,6 +238,33 @@ except MissingExtraError as error:
     print(error)
 """)
         assert said == "hypothesis is not installed; pip install 'vmmig[testing]' adds it\n"
+
+    @pytest.mark.parametrize(
+        ("imports", "extra", "error"),
+        [
+            ("no_such_library.part", "kit", "no_such_library is not installed; pip install"),
+            ("no_such_library.part", None, "No module named 'no_such_library'"),
+            ("vmmig.no_such_module", "kit", "No module named 'vmmig.no_such_module'"),
+        ],
+    )
+    def test_only_what_an_extra_adds_is_called_missing(
+        self,
+        pytester: pytest.Pytester,
+        imports: str,
+        extra: str | None,
+        error: str,
+    ) -> None:
+        package = pytester.mkpydir("lazy_kit")
+        (package / "part.py").write_text(f"import {imports}")
+        (package / "__init__.py").write_text(
+            "from vmmig._lazy import load_lazily\n"
+            f"load_lazily(__name__, {{'part': 'thing'}}, extra={extra!r})"
+        )
+        pytester.syspathinsert()
+        kit = importlib.import_module("lazy_kit")
+        with pytest.raises(ModuleNotFoundError if "No" in error else MissingExtraError) as info:
+            _ = kit.thing
+        assert str(info.value).startswith(error)
 
     def test_an_unknown_name_is_an_attribute_error(self) -> None:
         import vmmig.testing

@@ -64,7 +64,8 @@ def corpus(
 
     Args:
         factory: Makes a new component, as for `contract`; what was saved is restored into it.
-        folder: Where the corpus is: relative to the file that calls this, or absolute.
+        folder: Where the corpus is, and no other: relative to the file that calls this, or
+            absolute.
         examples: Names, of letters, digits and ``._+!-``, each with a function that makes a
             component in a state worth keeping.
         observe: What can be seen of a component's state while it is paused, in plain values:
