@@ -8,6 +8,9 @@ from vmmig.testing.fixtures import (  # noqa: F401
     vmmig_full_disk,
 )
 
+# A project of its own, with its own tests: test_downstream.py runs them.
+collect_ignore = ["downstream"]
+
 # Nothing here is about time: a slow moment of the machine is no failure.
 settings.register_profile(
     "vmmig",

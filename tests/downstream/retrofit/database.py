@@ -36,5 +36,6 @@ class Database(Still):
 
 def _connection() -> sqlite3.Connection:
     connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.text_factory = lambda text: text.decode(errors="surrogateescape")
     connection.execute("VACUUM")  # a database without a page cannot be serialized
     return connection

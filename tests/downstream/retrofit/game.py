@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import chess
+
 from retrofit.still import Still, refusing
 from vmmig import RestoreError, Snapshot
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from py65.devices.mpu6502 import MPU
+
 from retrofit.still import Still, refusing
 from vmmig import RestoreError, Snapshot
 

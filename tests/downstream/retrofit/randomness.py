@@ -6,6 +6,7 @@ import json
 import random
 
 import numpy
+
 from retrofit.still import Still, refusing
 from vmmig import Snapshot
 
@@ -29,18 +30,25 @@ class Dice(Still):
 
 
 class Noise(Still):
-    """A numpy Generator."""
+    """A numpy Generator: its bits, and how many children its seed has had."""
 
-    def __init__(self) -> None:
-        self.generator = numpy.random.Generator(numpy.random.PCG64(6))
+    SEED = 6
+
+    def __init__(self, children: int = 0) -> None:
+        seed = numpy.random.SeedSequence(self.SEED, n_children_spawned=children)
+        self.generator = numpy.random.Generator(numpy.random.PCG64(seed))
+
+    def state(self) -> dict[str, object]:
+        bits = self.generator.bit_generator
+        return {"bits": bits.state, "children": bits.seed_seq.n_children_spawned}
 
     def snapshot(self) -> Snapshot:
-        state = self.generator.bit_generator.state
-        return self.snapshot_of(state=json.dumps(state, sort_keys=True).encode())
+        return self.snapshot_of(state=json.dumps(self.state(), sort_keys=True).encode())
 
     def restore(self, snapshot: Snapshot) -> None:
-        (state,) = snapshot.take("state")
+        (payload,) = snapshot.take("state")
         with refusing():
-            bits = numpy.random.PCG64()
-            bits.state = json.loads(state)
-        self.generator = numpy.random.Generator(bits)
+            state = json.loads(payload)
+            restored = Noise(state["children"])
+            restored.generator.bit_generator.state = state["bits"]
+        self.generator = restored.generator

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 
-from retrofit.still import Still, refusing
 from simple_pid import PID
+
+from retrofit.still import Still, refusing
 from vmmig import Snapshot
 
 _STATE = ("setpoint", "_proportional", "_integral", "_derivative", "_last_output", "_last_input")
@@ -32,9 +33,12 @@ class Regulator(Still):
         if self.since_ns is None:
             self.since_ns = time.monotonic_ns()
 
+    def state(self) -> list[float | None]:
+        values = (getattr(self.pid, name) for name in _STATE)
+        return [self.ran_ns, *(None if value is None else float(value) for value in values)]
+
     def snapshot(self) -> Snapshot:
-        values = [getattr(self.pid, name) for name in _STATE]
-        return self.snapshot_of(state=json.dumps([self.ran_ns, *values]).encode())
+        return self.snapshot_of(state=json.dumps(self.state()).encode())
 
     def restore(self, snapshot: Snapshot) -> None:
         (state,) = snapshot.take("state")

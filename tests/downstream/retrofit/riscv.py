@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 
-from retrofit.still import Still, refusing
 from unicorn import UC_ARCH_RISCV, UC_MODE_RISCV64, UC_PROT_EXEC, UC_PROT_READ, Uc
 from unicorn import riscv_const as riscv
+
+from retrofit.still import Still, refusing
 from vmmig import RestoreError, Snapshot
 
 ROM, RAM, PAGE_BYTES = 0x1000, 0x2000, 0x1000

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vmmig import RestoreError, Snapshot, SnapshotDataSection
+from vmmig import RestoreError, Snapshot, SnapshotDataSection, UrlTransport
 
 
-class Still:
+class Still(UrlTransport):
     """A component that does nothing between two calls, so that pausing it takes nothing."""
 
     def id(self) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+from wasmtime import Engine, Global, Instance, Module, Store
+
 from retrofit.still import Still, refusing
 from vmmig import RestoreError, Snapshot
-from wasmtime import Global, Instance, Module, Store
 
 _PAGE_BYTES = 0x10000
 
@@ -14,13 +15,10 @@ _PAGE_BYTES = 0x10000
 class Wasm(Still):
     """State is what the module exports: the memory "memory" and all its globals."""
 
-    def __init__(self, module: Module) -> None:
-        self.module = module
-        self._instantiate()
-
-    def _instantiate(self) -> None:
-        self.store = Store(self.module.engine)
-        self.exports = dict(Instance(self.store, self.module, []).exports(self.store))
+    def __init__(self, engine: Engine, module: Module) -> None:
+        self.engine, self.module = engine, module
+        self.store = Store(engine)
+        self.exports = dict(Instance(self.store, module, []).exports(self.store))
 
     def call(self, name: str, *args: int) -> object:
         return self.exports[name](self.store, *args)
@@ -35,7 +33,9 @@ class Wasm(Still):
 
     def restore(self, snapshot: Snapshot) -> None:
         memory, values = snapshot.take("memory", "globals")
-        restored = Wasm(self.module)  # memory never shrinks: what has grown too far is replaced
+        restored = Wasm(
+            self.engine, self.module
+        )  # memory never shrinks: what has grown too far is replaced
         with refusing():
             pages, rest = divmod(len(memory), _PAGE_BYTES)
             values = json.loads(values)

@@ -12,7 +12,9 @@ from retrofit.mos6502 import Mos6502
 from retrofit.randomness import Dice, Noise
 from retrofit.regulator import Regulator
 from retrofit.riscv import PAGE_BYTES, RAM, REGISTERS, RiscV
+from retrofit.terminal import Terminal
 from retrofit.wasm import Wasm
+
 from vmmig import Composite
 from vmmig.testing.contracts import contract
 
@@ -78,7 +80,7 @@ TestNoise = contract(
         "half_word": lambda noise: noise.generator.integers(100, dtype="uint32"),
         "spawn": lambda noise: noise.generator.spawn(1)[0].random(),
     },
-    observe=lambda noise: noise.generator.bit_generator.state,
+    observe=Noise.state,
 )
 
 
@@ -100,6 +102,10 @@ PROGRAM = struct.pack(
 )
 
 
+def riscv() -> RiscV:
+    return RiscV(PROGRAM)
+
+
 def xorshift(x: int) -> int:
     x ^= x << 13 & 2**64 - 1
     x ^= x >> 7
@@ -107,14 +113,14 @@ def xorshift(x: int) -> int:
 
 
 def test_the_program_runs() -> None:
-    cpu = RiscV(PROGRAM)
+    cpu = riscv()
     cpu.step(2 + 11 * 3)
     first, second, third = struct.unpack("<3Q", cpu.engine.mem_read(RAM, 24))
     assert (first, second, third) == (xorshift(1), xorshift(first), xorshift(second))
 
 
 TestRiscV = contract(
-    lambda: RiscV(PROGRAM),
+    riscv,
     operations={
         "step": [st.integers(1, 50)],
         "poke": [
@@ -135,8 +141,9 @@ TestRiscV = contract(
 )
 
 
+ENGINE = wasmtime.Engine()
 BANK = wasmtime.Module(
-    wasmtime.Engine(),
+    ENGINE,
     """
     (module
       (memory (export "memory") 1 3)
@@ -153,8 +160,13 @@ BANK = wasmtime.Module(
     """,
 )
 
-TestWasm = contract(
-    lambda: Wasm(BANK),
+
+def bank() -> Wasm:
+    return Wasm(ENGINE, BANK)
+
+
+TestBank = contract(
+    bank,
     operations={
         "deposit": [
             lambda wasm, account, amount: wasm.call("deposit", account, amount),
@@ -201,7 +213,7 @@ TestRegulator = contract(
             st.floats(-50, 50),
         ],
     },
-    observe=lambda regulator: (regulator.ran_ns, vars(regulator.pid)),
+    observe=lambda regulator: (regulator.state(), regulator.pid.components),
     runs_by_itself=True,
 )
 
@@ -227,4 +239,24 @@ TestBench = contract(
         bench.components["dice"].random.getstate(),
         observe_game(bench.components["game"]),
     ),
+)
+
+
+SEQUENCES = [
+    *(b"\x1b[" + code for code in (b"2;4r", b"1;31m", b"7m", b"?5h", b"?5l", b"2J", b"K", b"3;3H")),
+    *(b"\x1b[" + code for code in (b"?6h", b"?6l", b"?25l", b"4h", b"2L", b"2P", b"3g", b"?3h")),
+    *(b"\x1b" + code for code in (b"7", b"8", b"D", b"M", b"c", b"H", b"#8", b"]2;hi\x07", b"%@")),
+    *(b"\x1b(0", b"\x0e", b"\x0f", b"\r\n", b"\t", "h\u00e9 \u4f60\u0301".encode(), b"plain text"),
+]
+
+
+def cut(draw: st.DrawFn) -> bytes:
+    sequences = b"".join(draw(st.lists(st.sampled_from(SEQUENCES), max_size=5)))
+    return sequences[draw(st.integers(0, 3)) : len(sequences) - draw(st.integers(0, 3))]
+
+
+TestTerminal = contract(
+    Terminal,
+    operations={"feed": [st.composite(cut)()], "display": lambda terminal: terminal.screen.display},
+    observe=Terminal.state,
 )
