@@ -25,7 +25,6 @@ CONTRACTS = {
     "TestNoise",
     "TestRegulator",
     "TestRiscV",
-    "TestTerminal",
 }
 
 pytestmark = pytest.mark.skipif(

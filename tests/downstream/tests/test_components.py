@@ -12,7 +12,6 @@ from retrofit.mos6502 import Mos6502
 from retrofit.randomness import Dice, Noise
 from retrofit.regulator import Regulator
 from retrofit.riscv import PAGE_BYTES, RAM, REGISTERS, RiscV
-from retrofit.terminal import Terminal
 from retrofit.wasm import Wasm
 
 from vmmig import Composite
@@ -239,24 +238,4 @@ TestBench = contract(
         bench.components["dice"].random.getstate(),
         observe_game(bench.components["game"]),
     ),
-)
-
-
-SEQUENCES = [
-    *(b"\x1b[" + code for code in (b"2;4r", b"1;31m", b"7m", b"?5h", b"?5l", b"2J", b"K", b"3;3H")),
-    *(b"\x1b[" + code for code in (b"?6h", b"?6l", b"?25l", b"4h", b"2L", b"2P", b"3g", b"?3h")),
-    *(b"\x1b" + code for code in (b"7", b"8", b"D", b"M", b"c", b"H", b"#8", b"]2;hi\x07", b"%@")),
-    *(b"\x1b(0", b"\x0e", b"\x0f", b"\r\n", b"\t", "h\u00e9 \u4f60\u0301".encode(), b"plain text"),
-]
-
-
-def cut(draw: st.DrawFn) -> bytes:
-    sequences = b"".join(draw(st.lists(st.sampled_from(SEQUENCES), max_size=5)))
-    return sequences[draw(st.integers(0, 3)) : len(sequences) - draw(st.integers(0, 3))]
-
-
-TestTerminal = contract(
-    Terminal,
-    operations={"feed": [st.composite(cut)()], "display": lambda terminal: terminal.screen.display},
-    observe=Terminal.state,
 )
