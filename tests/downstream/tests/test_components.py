@@ -15,20 +15,31 @@ from retrofit.riscv import PAGE_BYTES, RAM, REGISTERS, RiscV
 from retrofit.wasm import Wasm
 
 from vmmig import Composite
-from vmmig.testing.contracts import contract
+from vmmig.testing import contract, corpus
 
 bytes_ = st.integers(0, 255)
 
 
-def poke(cpu: Mos6502, address: int, code: bytes) -> None:
-    cpu.mpu.memory[address : address + len(code)] = code
+OPCODES = [
+    *(0xA9, 0xA2, 0xA0, 0x69, 0xE9, 0x49, 0xC9),  # lda ldx ldy adc sbc eor cmp, immediate
+    *(0x85, 0x95, 0x65, 0xE6, 0xD0, 0x90, 0x20),  # sta sta,x adc inc bne bcc jsr
+    *(0x08, 0x28, 0x48, 0x68, 0x60, 0x40, 0x00),  # php plp pha pla rts rti brk
+    *(0xF8, 0xD8, 0x38, 0x18, 0x58, 0x78, 0xB8),  # sed cld sec clc cli sei clv
+]
+
+
+def run(cpu: Mos6502, code: list[int]) -> None:
+    pc = cpu.mpu.pc & 0xFF00
+    cpu.mpu.memory[pc : pc + len(code)] = code
+    cpu.mpu.pc = pc
+    cpu.step(len(code))
 
 
 TestMos6502 = contract(
     Mos6502,
     operations={
         "step": [st.integers(1, 20)],
-        "poke": [poke, st.integers(0, 250), st.binary(min_size=1, max_size=6)],
+        "run": [run, st.lists(st.sampled_from(OPCODES) | bytes_, min_size=1, max_size=9)],
         "irq": lambda cpu: cpu.mpu.irq(),
         "nmi": lambda cpu: cpu.mpu.nmi(),
         "reset": lambda cpu: cpu.mpu.reset(),
@@ -221,21 +232,40 @@ def bench() -> Composite:
     return Composite("bench", [Mos6502(), Dice(), Game()], depends_on={"mos6502": ["dice"]})
 
 
-def load_random_code(bench: Composite, length: int) -> None:
-    code = bench.components["dice"].random.randbytes(length)
-    poke(bench.components["mos6502"], 0, code)
+def run_random_code(bench: Composite, length: int) -> None:
+    run(bench.components["mos6502"], [*bench.components["dice"].random.randbytes(length)])
+
+
+def observe_bench(bench: Composite) -> object:
+    version, words, gauss = bench.components["dice"].random.getstate()
+    return {
+        "mos6502": repr(bench.components["mos6502"].mpu),
+        "dice": [version, words, gauss],
+        "game": str(observe_game(bench.components["game"])),
+    }
+
+
+def bench_after_a_while() -> Composite:
+    busy = bench()
+    for choice in range(9):
+        run_random_code(busy, 8)
+        play(busy.components["game"], choice)
+    return busy
 
 
 TestBench = contract(
     bench,
     operations={
-        "load_random_code": [load_random_code, st.integers(1, 16)],
-        "step": [lambda bench, n: bench.components["mos6502"].step(n), st.integers(1, 9)],
+        "run_random_code": [run_random_code, st.integers(1, 16)],
         "play": [lambda bench, choice: play(bench.components["game"], choice), bytes_],
     },
-    observe=lambda bench: (
-        repr(bench.components["mos6502"].mpu),
-        bench.components["dice"].random.getstate(),
-        observe_game(bench.components["game"]),
-    ),
+    observe=observe_bench,
+)
+
+TestBenchCorpus = corpus(
+    bench,
+    "corpus",
+    {"new": bench, "after-a-while": bench_after_a_while},
+    observe=observe_bench,
+    release="1.0",
 )
