@@ -107,12 +107,12 @@ def corpus(
     def test_golden(
         self: Any,
         case: Callable[[], str | None],
-        record_property: Callable[[str, object], None],
+        request: Any,
     ) -> None:
         __tracebackhide__ = True
         recorded = case()
         if recorded is not None:
-            record_property("vmmig_recorded", recorded)
+            request.node.user_properties.append(("vmmig_recorded", recorded))
 
     test_golden.vmmig_law = _LAW  # type: ignore[attr-defined]
     return type(

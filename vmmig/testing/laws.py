@@ -456,7 +456,8 @@ def _damages(draw: st.DrawFn, saved: Snapshot) -> tuple[str, Snapshot, bool]:
         del node.snapshot_data[id]
         return f"without {place}", damaged, False
     at %= len(payload)
-    changed = _CHANGES.get(kind, _CHANGES["altered"])(payload, at, junk)
+    kind = kind if kind in _CHANGES else "altered"
+    changed = _CHANGES[kind](payload, at, junk)
     if changed == payload:
         changed = payload + junk
     node.snapshot_data[id].snapshot = changed
