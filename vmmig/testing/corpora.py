@@ -294,7 +294,7 @@ def _provenance(release: str) -> dict[str, object]:
         "vmmig": __version__,
         "format": FORMAT_VERSION,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "platform": platform.platform(),
+        "platform": f"{sys.platform}-{platform.machine()}",
     }
 
 
