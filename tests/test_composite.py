@@ -215,6 +215,44 @@ class TestAllOrNone:
             vm.restore(saved)
         assert states(restored.value) == {"a": "restored", "b": "as before"}
 
+    def test_what_could_not_be_undone_can_be_put_right_by_another_call(self) -> None:
+        vm, (a, b), _ = machine("a", "b")
+        vm.resume()
+        a.fail["pause"] = PauseError("busy")
+        b.fail["resume"] = ResumeError("stuck")
+        with pytest.raises(PauseErrorGroup):
+            vm.pause()
+        a.fail.clear()
+        b.fail.clear()
+        assert (a.running, b.running) == (True, False)
+        with pytest.raises(SnapshotError, match="neither running nor paused; pause it first"):
+            vm.snapshot()
+        vm.resume()
+        assert (a.running, b.running) == (True, True)
+
+    @pytest.mark.parametrize("problem", [OSError("after it stopped"), KeyboardInterrupt()])
+    def test_a_part_in_an_unknown_state_is_asked_again(self, problem: BaseException) -> None:
+        vm, (a, _b), log = machine("a", "b")
+        vm.resume()
+        a.fail["pause"] = problem
+        with pytest.raises((PauseError, KeyboardInterrupt)):
+            vm.pause()
+        del log[:]
+        vm.resume()
+        assert log == [("resume", "a"), ("resume", "b")]
+
+    def test_a_pause_undone_leaves_it_running(self) -> None:
+        vm, (a, _b), log = machine("a", "b")
+        vm.resume()
+        a.fail["pause"] = PauseError("busy")
+        with pytest.raises(PauseError):
+            vm.pause()
+        del log[:]
+        vm.resume()
+        assert log == []
+        with pytest.raises(SnapshotError, match="it is running; pause it first"):
+            vm.snapshot()
+
     def test_ctrl_c_undoes_too(self) -> None:
         vm, (a, b, c), _ = machine("a", "b", "c")
         a.fail["pause"] = KeyboardInterrupt()

@@ -118,7 +118,7 @@ class Composite(UrlTransport):
                 raise ContractError(f"{id!r} has two parts with the id {name!r}")
             named[name] = component
         self._components = {name: named[name] for name in _start_order(id, named, depends_on or {})}
-        self._state: Literal["running", "paused"] | None = None
+        self._state: Literal["running", "paused", "mixed"] | None = None
         self._kept = Snapshot(id)
 
     def id(self) -> str:
@@ -139,7 +139,6 @@ class Composite(UrlTransport):
         if self._state != "paused":
             order = [*reversed(self._components.items())]
             self._all_or_none(order, "pause", PauseError, "resume", ResumeError)
-            self._state = "paused"
 
     def resume(self) -> None:
         """Resume every part in starting order; nothing happens if all were resumed already.
@@ -150,7 +149,6 @@ class Composite(UrlTransport):
         if self._state != "running":
             order = [*self._components.items()]
             self._all_or_none(order, "resume", ResumeError, "pause", PauseError)
-            self._state = "running"
 
     def snapshot(self) -> Snapshot:
         """The snapshots of all parts, and what the last restore kept for a newer version.
@@ -158,8 +156,7 @@ class Composite(UrlTransport):
         Raises:
             SnapshotError: A part's snapshot failed or has another id, or the composite runs.
         """
-        if self._state == "running":
-            raise SnapshotError("it is running; pause it first", component_path=self._id)
+        self._refuse_running(SnapshotError)
         snapshot = Snapshot(self._id, dict(self._kept.snapshots), dict(self._kept.snapshot_data))
         for name, component in self._components.items():
             try:
@@ -188,8 +185,7 @@ class Composite(UrlTransport):
             RestoreError: The snapshot does not fit, the composite runs, or a part failed;
                 every part is as it was before.
         """
-        if self._state == "running":
-            raise RestoreError("it is running; pause it first", component_path=self._id)
+        self._refuse_running(RestoreError)
         report = self._fit(snapshot, missing, unknown)
         todo = [name for name in self._components if name in snapshot.snapshots]
         before: dict[str, Snapshot] = {}
@@ -227,6 +223,11 @@ class Composite(UrlTransport):
             dict(snapshot.snapshot_data),
         )
         return attrs.evolve(report, consumed=tuple(consumed))
+
+    def _refuse_running(self, kind: type[MigratableError]) -> None:
+        if self._state in ("running", "mixed"):
+            what = "running" if self._state == "running" else "neither running nor paused"
+            raise kind(f"it is {what}; pause it first", component_path=self._id)
 
     def _fit(self, snapshot: Snapshot, missing: str, unknown: str) -> RestoreReport:
         """What does not fit, before anything is touched."""
@@ -277,21 +278,28 @@ class Composite(UrlTransport):
         reverse: Literal["pause", "resume"],
         reverse_kind: type[MigratableError],
     ) -> None:
-        states = {"pause": "paused", "resume": "running"}
+        states: dict[str, Literal["running", "paused"]] = {"pause": "paused", "resume": "running"}
+        before, self._state = self._state, "mixed"
         for k, (name, component) in enumerate(order):
             try:
                 getattr(component, action)()
             except BaseException as error:
-                self._undo(
-                    kind,
-                    error,
-                    name,
-                    [(done, getattr(part, reverse)) for done, part in reversed(order[:k])],
-                    failed=states[reverse],
-                    undone=states[reverse],
-                    left=states[action],
-                    undo_kind=reverse_kind,
-                )
+                try:
+                    self._undo(
+                        kind,
+                        error,
+                        name,
+                        [(done, getattr(part, reverse)) for done, part in reversed(order[:k])],
+                        failed=states[reverse],
+                        undone=states[reverse],
+                        left=states[action],
+                        undo_kind=reverse_kind,
+                    )
+                except MigratableError as failure:
+                    if {*failure.component_states.values()} == {states[reverse]}:
+                        self._state = before
+                    raise
+        self._state = states[action]
 
     def _undo(
         self,
