@@ -69,6 +69,16 @@ class Counter:
         self.n = int(bytes(memoryview(snapshot.section("n").snapshot)))
 
 
+class Unfinished(PauseError):
+    def __init__(self) -> None:
+        pass
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
 def machine(*ids: str, **depends_on: list[str]) -> tuple[Composite, list[Counter], list[Any]]:
     log: list[tuple[str, str]] = []
     parts = [Counter(id, log) for id in ids]
@@ -399,6 +409,53 @@ class TestSnapshots:
             "vm/board/cpu",
             "vm/board/nic",
         ]
+
+    def test_what_is_unknown_to_a_nested_composite_may_be_kept_and_is_not_lost(self) -> None:
+        inner, disk = Composite("board", [Counter("cpu")]), Counter("disk")
+        vm = Composite("vm", [inner, disk])
+        newer = vm.snapshot()
+        newer.find("board").add_snapshot(Snapshot("tpm"))
+        with pytest.raises(RestoreError, match=r"vm/board: .*'tpm'"):
+            vm.restore(newer)
+        assert vm.restore(newer, unknown="keep").unknown == ("vm/board/tpm",)
+        assert vm.snapshot() == newer
+        del newer.find("board").snapshots["cpu"]
+        assert vm.restore(newer, missing="skip", unknown="keep").missing == ("vm/board/cpu",)
+
+    def test_undoing_keeps_what_a_nested_composite_had_kept(self) -> None:
+        inner, disk = Composite("board", [Counter("cpu")]), Counter("disk")
+        vm = Composite("vm", [inner, disk])
+        plain = vm.snapshot()
+        newer = vm.snapshot()
+        newer.find("board").add_snapshot(Snapshot("tpm"))
+        vm.restore(newer, unknown="keep")
+        disk.fail["restore"] = RestoreError("no")
+        with pytest.raises(RestoreError) as info:
+            vm.restore(plain)
+        assert states(info.value) == {"board": "as before", "disk": "as before"}
+        assert vm.snapshot() == newer
+
+    @pytest.mark.parametrize("policy", [{"missing": "eror"}, {"unknown": "skip"}])
+    def test_a_policy_that_is_none_is_refused(self, policy: Any) -> None:
+        vm, _, _ = machine("a")
+        with pytest.raises(RestoreError, match=f"{next(iter(policy))} must be 'error' or "):
+            vm.restore(Snapshot("vm"), **policy)
+
+    @pytest.mark.parametrize("error", [Unfinished(), Mute()])
+    def test_errors_that_are_broken_themselves_stop_no_undoing(self, error: Exception) -> None:
+        vm, (a, b), _ = machine("a", "b")
+        a.fail["pause"] = error
+        with pytest.raises(PauseError, match=f"vm/a: {type(error).__name__}"):
+            vm.pause()
+        assert b.running
+
+    def test_a_part_without_an_id_is_refused(self) -> None:
+        class Nameless(Counter):
+            def id(self) -> str:
+                raise OSError("no label")
+
+        with pytest.raises(ContractError, match="the id of a part of 'vm' cannot be had: no label"):
+            Composite("vm", [Nameless("a")])
 
 
 def test_sending_needs_a_valid_tree(tmp_path: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
@@ -111,7 +112,10 @@ class Composite(UrlTransport):
         named: dict[str, Snapshottable] = {}
         for component in components:
             verify(component, Snapshottable)
-            name = component.id()
+            try:
+                name = component.id()
+            except Exception as error:
+                raise ContractError(f"the id of a part of {id!r} cannot be had: {error}") from error
             if not isinstance(name, str):
                 raise ContractError(f"the id of a part of {id!r} is not a str: {name!r}")
             if name in named:
@@ -175,6 +179,8 @@ class Composite(UrlTransport):
     ) -> RestoreReport:
         """Restore every part from its child of ``snapshot``, or none of them.
 
+        What is missing or unknown in a composite among the parts is treated in the same way.
+
         Args:
             snapshot: As `snapshot` gave it.
             missing: ``skip`` leaves a part that the snapshot does not know as it is.
@@ -185,6 +191,11 @@ class Composite(UrlTransport):
             RestoreError: The snapshot does not fit, the composite runs, or a part failed;
                 every part is as it was before.
         """
+        for name, policy, other in (("missing", missing, "skip"), ("unknown", unknown, "keep")):
+            if policy not in ("error", other):
+                raise RestoreError(
+                    f"{name} must be 'error' or {other!r}, not {policy!r}", component_path=self._id
+                )
         self._refuse_running(RestoreError)
         report = self._fit(snapshot, missing, unknown)
         todo = [name for name in self._components if name in snapshot.snapshots]
@@ -194,7 +205,7 @@ class Composite(UrlTransport):
             component = self._components[name]
             try:
                 backup = self._backup(name) if name != todo[-1] else None
-                nested = component.restore(snapshot.snapshots[name])
+                nested = _restore(component, snapshot.snapshots[name], missing, unknown)
             except BaseException as error:
                 self._undo(
                     RestoreError,
@@ -268,7 +279,7 @@ class Composite(UrlTransport):
             ) from error
 
     def _restorer(self, name: str, before: Snapshot) -> Callable[[], object]:
-        return lambda: self._components[name].restore(before)
+        return lambda: _restore(self._components[name], before, "error", "keep")
 
     def _all_or_none(
         self,
@@ -321,13 +332,14 @@ class Composite(UrlTransport):
         undo_kind = undo_kind or kind
         states = dict.fromkeys(self._components, undone)
         states[name] = failed if isinstance(error, kind) else "unknown"
-        errors = [self._located(kind, error, name)] if isinstance(error, Exception) else []
+        failures = [(kind, error, name)] if isinstance(error, Exception) else []
         for done, action in undo:
             try:
                 action()
             except Exception as problem:
                 states[done] = left if isinstance(problem, undo_kind) else "unknown"
-                errors.append(self._located(undo_kind, problem, done))
+                failures.append((undo_kind, problem, done))
+        errors = [self._located(*failure) for failure in failures]
         by_path = {f"{self._id}/{part}": state for part, state in states.items()}
         for known in errors:
             by_path.update(known.component_states)
@@ -347,9 +359,11 @@ class Composite(UrlTransport):
 
     def _located(self, kind: type[MigratableError], error: Exception, name: str) -> MigratableError:
         """``error`` as one of ``kind``, with the path of the part ``name`` it came from."""
-        if not isinstance(error, kind):
-            return kind(error, component_path=f"{self._id}/{name}")
-        return relocated(error, self._id, name)
+        if isinstance(error, kind):
+            # An error class of the component's own may be one that cannot be copied.
+            with suppress(Exception):
+                return relocated(error, self._id, name)
+        return kind(error, component_path=f"{self._id}/{name}")
 
 
 def _snapshot_of(name: str, component: Snapshottable) -> Snapshot:
@@ -359,6 +373,17 @@ def _snapshot_of(name: str, component: Snapshottable) -> Snapshot:
     if snapshot.id != name:
         raise SnapshotError(f"snapshot() gave the id {snapshot.id!r}, but id() is {name!r}")
     return snapshot
+
+
+def _restore(
+    component: Snapshottable,
+    snapshot: Snapshot,
+    missing: Literal["error", "skip"],
+    unknown: Literal["error", "keep"],
+) -> object:
+    if isinstance(component, Composite):
+        return component.restore(snapshot, missing=missing, unknown=unknown)
+    return component.restore(snapshot)
 
 
 def _start_order(
