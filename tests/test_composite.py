@@ -69,6 +69,16 @@ class Counter:
         self.n = int(bytes(memoryview(snapshot.section("n").snapshot)))
 
 
+class Unfinished(PauseError):
+    def __init__(self) -> None:
+        pass
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
 def machine(*ids: str, **depends_on: list[str]) -> tuple[Composite, list[Counter], list[Any]]:
     log: list[tuple[str, str]] = []
     parts = [Counter(id, log) for id in ids]
@@ -192,7 +202,7 @@ class TestAllOrNone:
         assert [e.component_path for e in info.value.exceptions] == ["vm/a", "vm/b", "vm/c"]  # type: ignore[attr-defined]
         assert states(info.value) == {"a": "as before", "b": "paused", "c": "unknown"}
         for action in (vm.snapshot, lambda: vm.restore(Snapshot("vm"))):
-            with pytest.raises(MigratableError, match="some parts may be running"):
+            with pytest.raises(MigratableError, match="neither running nor paused"):
                 action()
         for part in (a, b, c):
             part.fail.clear()
@@ -222,6 +232,44 @@ class TestAllOrNone:
         with pytest.raises(RestoreErrorGroup) as restored:
             vm.restore(saved)
         assert states(restored.value) == {"a": "restored", "b": "as before"}
+
+    def test_what_could_not_be_undone_can_be_put_right_by_another_call(self) -> None:
+        vm, (a, b), _ = machine("a", "b")
+        vm.resume()
+        a.fail["pause"] = PauseError("busy")
+        b.fail["resume"] = ResumeError("stuck")
+        with pytest.raises(PauseErrorGroup):
+            vm.pause()
+        a.fail.clear()
+        b.fail.clear()
+        assert (a.running, b.running) == (True, False)
+        with pytest.raises(SnapshotError, match="neither running nor paused; pause it first"):
+            vm.snapshot()
+        vm.resume()
+        assert (a.running, b.running) == (True, True)
+
+    @pytest.mark.parametrize("problem", [OSError("after it stopped"), KeyboardInterrupt()])
+    def test_a_part_in_an_unknown_state_is_asked_again(self, problem: BaseException) -> None:
+        vm, (a, _b), log = machine("a", "b")
+        vm.resume()
+        a.fail["pause"] = problem
+        with pytest.raises((PauseError, KeyboardInterrupt)):
+            vm.pause()
+        del log[:]
+        vm.resume()
+        assert log == [("resume", "a"), ("resume", "b")]
+
+    def test_a_pause_undone_leaves_it_running(self) -> None:
+        vm, (a, _b), log = machine("a", "b")
+        vm.resume()
+        a.fail["pause"] = PauseError("busy")
+        with pytest.raises(PauseError):
+            vm.pause()
+        del log[:]
+        vm.resume()
+        assert log == []
+        with pytest.raises(SnapshotError, match="it is running; pause it first"):
+            vm.snapshot()
 
     def test_ctrl_c_undoes_too(self) -> None:
         vm, (a, b, c), _ = machine("a", "b", "c")
@@ -369,6 +417,53 @@ class TestSnapshots:
             "vm/board/cpu",
             "vm/board/nic",
         ]
+
+    def test_what_is_unknown_to_a_nested_composite_may_be_kept_and_is_not_lost(self) -> None:
+        inner, disk = Composite("board", [Counter("cpu")]), Counter("disk")
+        vm = Composite("vm", [inner, disk])
+        newer = vm.snapshot()
+        newer.find("board").add_snapshot(Snapshot("tpm"))
+        with pytest.raises(RestoreError, match=r"vm/board: .*'tpm'"):
+            vm.restore(newer)
+        assert vm.restore(newer, unknown="keep").unknown == ("vm/board/tpm",)
+        assert vm.snapshot() == newer
+        del newer.find("board").snapshots["cpu"]
+        assert vm.restore(newer, missing="skip", unknown="keep").missing == ("vm/board/cpu",)
+
+    def test_undoing_keeps_what_a_nested_composite_had_kept(self) -> None:
+        inner, disk = Composite("board", [Counter("cpu")]), Counter("disk")
+        vm = Composite("vm", [inner, disk])
+        plain = vm.snapshot()
+        newer = vm.snapshot()
+        newer.find("board").add_snapshot(Snapshot("tpm"))
+        vm.restore(newer, unknown="keep")
+        disk.fail["restore"] = RestoreError("no")
+        with pytest.raises(RestoreError) as info:
+            vm.restore(plain)
+        assert states(info.value) == {"board": "as before", "disk": "as before"}
+        assert vm.snapshot() == newer
+
+    @pytest.mark.parametrize("policy", [{"missing": "eror"}, {"unknown": "skip"}])
+    def test_a_policy_that_is_none_is_refused(self, policy: Any) -> None:
+        vm, _, _ = machine("a")
+        with pytest.raises(RestoreError, match=f"{next(iter(policy))} must be 'error' or "):
+            vm.restore(Snapshot("vm"), **policy)
+
+    @pytest.mark.parametrize("error", [Unfinished(), Mute()])
+    def test_errors_that_are_broken_themselves_stop_no_undoing(self, error: Exception) -> None:
+        vm, (a, b), _ = machine("a", "b")
+        a.fail["pause"] = error
+        with pytest.raises(PauseError, match=f"vm/a: {type(error).__name__}"):
+            vm.pause()
+        assert b.running
+
+    def test_a_part_without_an_id_is_refused(self) -> None:
+        class Nameless(Counter):
+            def id(self) -> str:
+                raise OSError("no label")
+
+        with pytest.raises(ContractError, match="the id of a part of 'vm' cannot be had: no label"):
+            Composite("vm", [Nameless("a")])
 
 
 def test_sending_needs_a_valid_tree(tmp_path: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
@@ -111,14 +112,17 @@ class Composite(UrlTransport):
         named: dict[str, Snapshottable] = {}
         for component in components:
             verify(component, Snapshottable)
-            name = component.id()
+            try:
+                name = component.id()
+            except Exception as error:
+                raise ContractError(f"the id of a part of {id!r} cannot be had: {error}") from error
             if not isinstance(name, str):
                 raise ContractError(f"the id of a part of {id!r} is not a str: {name!r}")
             if name in named:
                 raise ContractError(f"{id!r} has two parts with the id {name!r}")
             named[name] = component
         self._components = {name: named[name] for name in _start_order(id, named, depends_on or {})}
-        self._state: Literal["running", "paused", "unclear"] | None = None
+        self._state: Literal["running", "paused", "mixed"] | None = None
         self._kept = Snapshot(id)
 
     def id(self) -> str:
@@ -139,7 +143,6 @@ class Composite(UrlTransport):
         if self._state != "paused":
             order = [*reversed(self._components.items())]
             self._all_or_none(order, "pause", PauseError, "resume", ResumeError)
-            self._state = "paused"
 
     def resume(self) -> None:
         """Resume every part in starting order; nothing happens if all were resumed already.
@@ -150,7 +153,6 @@ class Composite(UrlTransport):
         if self._state != "running":
             order = [*self._components.items()]
             self._all_or_none(order, "resume", ResumeError, "pause", PauseError)
-            self._state = "running"
 
     def snapshot(self) -> Snapshot:
         """The snapshots of all parts, and what the last restore kept for a newer version.
@@ -158,7 +160,7 @@ class Composite(UrlTransport):
         Raises:
             SnapshotError: A part's snapshot failed or has another id, or the composite runs.
         """
-        self._refuse_unless_paused(SnapshotError)
+        self._refuse_running(SnapshotError)
         snapshot = Snapshot(self._id, dict(self._kept.snapshots), dict(self._kept.snapshot_data))
         for name, component in self._components.items():
             try:
@@ -177,6 +179,8 @@ class Composite(UrlTransport):
     ) -> RestoreReport:
         """Restore every part from its child of ``snapshot``, or none of them.
 
+        What is missing or unknown in a composite among the parts is treated in the same way.
+
         Args:
             snapshot: As `snapshot` gave it.
             missing: ``skip`` leaves a part that the snapshot does not know as it is.
@@ -187,7 +191,12 @@ class Composite(UrlTransport):
             RestoreError: The snapshot does not fit, the composite runs, or a part failed;
                 every part is as it was before.
         """
-        self._refuse_unless_paused(RestoreError)
+        for name, policy, other in (("missing", missing, "skip"), ("unknown", unknown, "keep")):
+            if policy not in ("error", other):
+                raise RestoreError(
+                    f"{name} must be 'error' or {other!r}, not {policy!r}", component_path=self._id
+                )
+        self._refuse_running(RestoreError)
         report = self._fit(snapshot, missing, unknown)
         todo = [name for name in self._components if name in snapshot.snapshots]
         before: dict[str, Snapshot] = {}
@@ -196,7 +205,7 @@ class Composite(UrlTransport):
             component = self._components[name]
             try:
                 backup = self._backup(name) if name != todo[-1] else None
-                nested = component.restore(snapshot.snapshots[name])
+                nested = _restore(component, snapshot.snapshots[name], missing, unknown)
             except BaseException as error:
                 self._undo(
                     RestoreError,
@@ -226,14 +235,10 @@ class Composite(UrlTransport):
         )
         return attrs.evolve(report, consumed=tuple(consumed))
 
-    def _refuse_unless_paused(self, kind: type[MigratableError]) -> None:
-        if self._state == "running":
-            raise kind("it is running; pause it first", component_path=self._id)
-        if self._state == "unclear":
-            raise kind(
-                "some parts may be running, after a failure that was not undone; pause it first",
-                component_path=self._id,
-            )
+    def _refuse_running(self, kind: type[MigratableError]) -> None:
+        if self._state in ("running", "mixed"):
+            what = "running" if self._state == "running" else "neither running nor paused"
+            raise kind(f"it is {what}; pause it first", component_path=self._id)
 
     def _fit(self, snapshot: Snapshot, missing: str, unknown: str) -> RestoreReport:
         """What does not fit, before anything is touched."""
@@ -274,7 +279,7 @@ class Composite(UrlTransport):
             ) from error
 
     def _restorer(self, name: str, before: Snapshot) -> Callable[[], object]:
-        return lambda: self._components[name].restore(before)
+        return lambda: _restore(self._components[name], before, "error", "keep")
 
     def _all_or_none(
         self,
@@ -284,24 +289,30 @@ class Composite(UrlTransport):
         reverse: Literal["pause", "resume"],
         reverse_kind: type[MigratableError],
     ) -> None:
-        states = {"pause": "paused", "resume": "running"}
-        known = self._state in ("running", "paused")
-        untouched = states[reverse] if known else "as before"
+        states: dict[str, Literal["running", "paused"]] = {"pause": "paused", "resume": "running"}
+        before, self._state = self._state, "mixed"
+        untouched = states[reverse] if before in ("running", "paused") else "as before"
         for k, (name, component) in enumerate(order):
             try:
                 getattr(component, action)()
             except BaseException as error:
-                self._undo(
-                    kind,
-                    error,
-                    name,
-                    [(done, getattr(part, reverse)) for done, part in reversed(order[:k])],
-                    failed=untouched,
-                    undone=states[reverse],
-                    left=states[action],
-                    undo_kind=reverse_kind,
-                    untouched=untouched,
-                )
+                try:
+                    self._undo(
+                        kind,
+                        error,
+                        name,
+                        [(done, getattr(part, reverse)) for done, part in reversed(order[:k])],
+                        failed=untouched,
+                        undone=states[reverse],
+                        left=states[action],
+                        undo_kind=reverse_kind,
+                        untouched=untouched,
+                    )
+                except MigratableError as failure:
+                    if {*failure.component_states.values()} <= {states[reverse], "as before"}:
+                        self._state = before
+                    raise
+        self._state = states[action]
 
     def _undo(
         self,
@@ -324,16 +335,15 @@ class Composite(UrlTransport):
         undo_kind = undo_kind or kind
         states = dict.fromkeys(self._components, untouched)
         states[name] = failed if isinstance(error, kind) else "unknown"
-        errors = [self._located(kind, error, name)] if isinstance(error, Exception) else []
+        failures = [(kind, error, name)] if isinstance(error, Exception) else []
         for done, action in undo:
             states[done] = undone
             try:
                 action()
             except Exception as problem:
                 states[done] = left if isinstance(problem, undo_kind) else "unknown"
-                errors.append(self._located(undo_kind, problem, done))
-        if kind in (PauseError, ResumeError) and (len(errors) > 1 or "unknown" in states.values()):
-            self._state = "unclear"
+                failures.append((undo_kind, problem, done))
+        errors = [self._located(*failure) for failure in failures]
         by_path = {f"{self._id}/{part}": state for part, state in states.items()}
         for known in errors:
             by_path.update(known.component_states)
@@ -353,9 +363,11 @@ class Composite(UrlTransport):
 
     def _located(self, kind: type[MigratableError], error: Exception, name: str) -> MigratableError:
         """``error`` as one of ``kind``, with the path of the part ``name`` it came from."""
-        if not isinstance(error, kind):
-            return kind(error, component_path=f"{self._id}/{name}")
-        return relocated(error, self._id, name)
+        if isinstance(error, kind):
+            # An error class of the component's own may be one that cannot be copied.
+            with suppress(Exception):
+                return relocated(error, self._id, name)
+        return kind(error, component_path=f"{self._id}/{name}")
 
 
 def _snapshot_of(name: str, component: Snapshottable) -> Snapshot:
@@ -365,6 +377,17 @@ def _snapshot_of(name: str, component: Snapshottable) -> Snapshot:
     if snapshot.id != name:
         raise SnapshotError(f"snapshot() gave the id {snapshot.id!r}, but id() is {name!r}")
     return snapshot
+
+
+def _restore(
+    component: Snapshottable,
+    snapshot: Snapshot,
+    missing: Literal["error", "skip"],
+    unknown: Literal["error", "keep"],
+) -> object:
+    if isinstance(component, Composite):
+        return component.restore(snapshot, missing=missing, unknown=unknown)
+    return component.restore(snapshot)
 
 
 def _start_order(

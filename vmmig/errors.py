@@ -303,7 +303,10 @@ def relocated(error: _E, id: str, name: str) -> _E:
 
 
 def _text(cause: object) -> str:
-    text = str(cause)
+    try:
+        text = str(cause)
+    except Exception:
+        return f"{type(cause).__name__}, which cannot be shown"
     if isinstance(cause, KeyError) or (isinstance(cause, BaseException) and not text):
         return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
     return text
