@@ -270,6 +270,12 @@ class TestColumns:
         with pytest.raises(RestoreError, match=text):
             build(*columns)
 
+    def test_the_one_of_many_siblings_that_is_there_twice_is_found(self) -> None:
+        count = 200_000
+        ids = ["vm", *map(str, range(count - 1)), str(count - 2)]
+        with pytest.raises(RestoreError, match=rf"'{count - 2}'. is there more than once"):
+            build(ids, [count] + [0] * count, [0] * (count + 1), [], [])
+
 
 class TestBadTrees:
     def test_a_cycle_is_named(self) -> None:
