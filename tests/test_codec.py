@@ -39,7 +39,7 @@ from vmmig.codec import (
     read_header,
 )
 from vmmig.errors import DecodeError, MigratableError, SnapshotError
-from vmmig.snapshot import Snapshot, SnapshotDataSection
+from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
 
 
 def tree(*children: Snapshot, id: str = "vm", **sections: Any) -> Snapshot:
@@ -554,6 +554,12 @@ class TestStreams:
                 dump(SMALL, text_stream)  # type: ignore[arg-type]
             with pytest.raises(DecodeError, match="the stream failed"):
                 load(text_stream)  # type: ignore[arg-type]
+
+    def test_the_large_sections_share_one_mapping(self) -> None:
+        many = tree(**{f"bank-{i}": bytes([i]) * (LARGE_BYTES + i) for i in range(9)})
+        back = load(io.BytesIO(dumps(many)))
+        assert back == many
+        (_mapping,) = {id(raw_view(s.snapshot).obj) for s in back.snapshot_data.values()}
 
     def test_no_place_is_spelt_that_nobody_reads(self, monkeypatch: Any) -> None:
         large = tree(ram=bytes(LARGE_BYTES), video=bytes(2 * LARGE_BYTES))

@@ -605,9 +605,14 @@ def _read(source: _Source, header: Header, limits: Limits) -> Snapshot:
     small = _split(memoryview(small_bytes), layout.small_lengths)
     large = []
     found: list[int] = []
-    for part in layout.large:
-        source.skip_zeros(part.start - source.taken, part)
-        large.append(source.take_large(part.end - part.start, part, found))
+    if layout.large:
+        begin = layout.large[0].start
+        memory = _memory(layout.large[-1].end - begin)
+        for part in layout.large:
+            source.skip_zeros(part.start - source.taken, part)
+            view = memory[part.start - begin : part.end - begin]
+            source.take_into(view, part, found)
+            large.append(view.toreadonly())
     table = source.take(header.total_bytes - source.taken, "table of checksums")
     sums = _decode_table(layout, memoryview(table))
     _check_small(layout, small, sums)
@@ -615,6 +620,19 @@ def _read(source: _Source, header: Header, limits: Limits) -> Snapshot:
         at = part.first_sum - len(small)
         _check_chunks(part, found[at : at + part.chunks], sums)
     return build(*layout.columns[:4], layout.arrange(small, large))
+
+
+def _memory(count: int) -> memoryview:
+    """Memory that the kernel hands out only as it is written to.
+
+    One mapping serves all large sections, for a process may have no more than some 65,000.
+    """
+    try:
+        return memoryview(mmap.mmap(-1, count))
+    except (OSError, OverflowError, ValueError) as error:
+        raise DecodeError(
+            f"{count} bytes of memory are not to be had", where="the large sections"
+        ) from error
 
 
 class _Source:
@@ -633,19 +651,11 @@ class _Source:
                 self._fill(view[start:], what)
         return data
 
-    def take_large(self, count: int, what: object, sums: list[int]) -> memoryview:
-        """Memory that the kernel hands out only as it is written to."""
-        try:
-            view = memoryview(mmap.mmap(-1, count))
-        except (OSError, OverflowError, ValueError) as error:
-            raise DecodeError(
-                f"{count} bytes of memory are not to be had", where=str(what)
-            ) from error
-        for start in range(0, count, CHUNK_BYTES):
+    def take_into(self, view: memoryview, what: object, sums: list[int]) -> None:
+        for start in range(0, view.nbytes, CHUNK_BYTES):
             chunk = view[start : start + CHUNK_BYTES]
             self._fill(chunk, what)
             sums.append(checksum(chunk))
-        return view.toreadonly()
 
     def skip_zeros(self, count: int, what: object) -> None:
         if any(self.take(count, what)):
