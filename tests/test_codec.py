@@ -6,6 +6,7 @@ import os
 import struct
 import threading
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from vmmig.codec import (
     read_header,
 )
 from vmmig.errors import DecodeError, MigratableError, SnapshotError
-from vmmig.snapshot import Snapshot, SnapshotDataSection
+from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
 
 
 def tree(*children: Snapshot, id: str = "vm", **sections: Any) -> Snapshot:
@@ -482,8 +483,9 @@ class TestHostileBytes:
 
     @pytest.mark.parametrize("data", [None, "text", 7, memoryview(b"abcd")[::2]])
     def test_what_is_not_bytes_is_refused(self, data: Any) -> None:
-        with pytest.raises(DecodeError, match="bytes-like"):
-            loads(data)
+        for decode in (loads, read_header):
+            with pytest.raises(DecodeError, match="bytes-like"):
+                decode(data)
 
 
 class TestStreams:
@@ -521,13 +523,20 @@ class TestStreams:
                 self.answer = answer
 
             def readinto(self, _: Any) -> Any:
-                if self.answer is None:
-                    return None
-                raise self.answer
+                if isinstance(self.answer, Exception):
+                    raise self.answer
+                return self.answer
 
             write = readinto
 
-        for answer, text in ((None, "blocking"), (OSError("gone"), "gone")):
+        for answer, text in (
+            (None, "blocking"),
+            (OSError("gone"), "gone"),
+            (zlib.error("inflate"), "inflate"),
+            (1 << 20, f"it says to have .* {1 << 20} of"),
+            (-1, "it says to have .* -1 of"),
+            ("many", "not supported|integer"),
+        ):
             with pytest.raises(DecodeError, match=text):
                 load(Bad(answer))
             with pytest.raises(MigratableError, match=text):
@@ -538,6 +547,24 @@ class TestStreams:
             dump(SMALL, closed)
         with pytest.raises(DecodeError, match="closed"):
             load(closed)
+        with pytest.raises(MigratableError, match="blocking"):
+            dump(SMALL, Bad(0))
+        for text_stream in (io.StringIO(), None):
+            with pytest.raises(MigratableError, match="could not be written"):
+                dump(SMALL, text_stream)  # type: ignore[arg-type]
+            with pytest.raises(DecodeError, match="the stream failed"):
+                load(text_stream)  # type: ignore[arg-type]
+
+    def test_the_large_sections_share_one_mapping(self) -> None:
+        many = tree(**{f"bank-{i}": bytes([i]) * (LARGE_BYTES + i) for i in range(9)})
+        back = load(io.BytesIO(dumps(many)))
+        assert back == many
+        (_mapping,) = {id(raw_view(s.snapshot).obj) for s in back.snapshot_data.values()}
+
+    def test_no_place_is_spelt_that_nobody_reads(self, monkeypatch: Any) -> None:
+        large = tree(ram=bytes(LARGE_BYTES), video=bytes(2 * LARGE_BYTES))
+        monkeypatch.delattr("vmmig.snapshot.Columns.section_place")
+        assert load(io.BytesIO(dumps(large))) == large
 
 
 class TestBadTrees:

@@ -30,6 +30,16 @@ def test_merging_keeps_what_is_covered(tables: list[MemoryRangeTable]) -> None:
     assert all(r.length for r in merged)
 
 
+def test_a_bitmap_of_every_other_page_of_8_gib() -> None:
+    table = MemoryRangeTable.from_bitmap(int("01" * (1 << 20), 2))
+    assert (len(table), table.total_bytes) == (1 << 20, 4 << 30)
+
+
+def test_a_bitmap_is_not_negative() -> None:
+    with pytest.raises(MigratableError, match="negative"):
+        MemoryRangeTable.from_bitmap(-1)
+
+
 @pytest.mark.parametrize(("gpa", "length"), [(-1, 1), (0, -1), (1 << 64, 1), (1, 1 << 64)])
 def test_a_range_stays_within_64_bits(gpa: int, length: int) -> None:
     with pytest.raises(MigratableError, match="64 bits"):

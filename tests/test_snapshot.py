@@ -68,7 +68,15 @@ class TestSections:
 
     @pytest.mark.parametrize(
         "payload",
-        ["text", 10, None, [1, 2], memoryview(b"abcdefgh")[::2], np.zeros((4, 4))[:, :2]],
+        [
+            "text",
+            10,
+            None,
+            [1, 2],
+            memoryview(b"abcdefgh")[::2],
+            np.zeros((4, 4))[:, :2],
+            np.array([{}]),
+        ],
         ids=lambda payload: type(payload).__name__,
     )
     def test_what_is_not_contiguous_bytes_is_refused(self, payload: Any) -> None:
@@ -162,6 +170,17 @@ class TestCopies:
         other.add_data_section(SnapshotDataSection("new one", b""))
         assert "new one" not in root.snapshot_data
 
+    def test_a_shallow_copy_shares_what_is_below(self) -> None:
+        payload = bytearray(1 << 20)
+        vm = tree(tree(id="cpu"), ram=payload)
+        copied = copy.copy(vm)
+        assert copied == vm
+        assert copied.section("ram") is vm.section("ram")
+        assert copied.find("cpu") is vm.find("cpu")
+        assert copy.copy(vm.section("ram")).snapshot is payload
+        copied.add_snapshot(Snapshot("disk"))
+        assert copied != vm
+
     def test_a_deep_copy_copies_what_can_change(self) -> None:
         live = bytearray(b"abc")
         section = SnapshotDataSection("ram", live)
@@ -204,6 +223,7 @@ class TestDepth:
         assert copy.deepcopy(a) == a
         assert pickle.loads(pickle.dumps(a)) == a
         assert a.find(path) is last
+        assert copy.deepcopy(path) == pickle.loads(pickle.dumps(path)) == path
 
 
 class TestDiff:
@@ -262,6 +282,12 @@ class TestColumns:
         with pytest.raises(RestoreError, match=text):
             build(*columns)
 
+    def test_the_one_of_many_siblings_that_is_there_twice_is_found(self) -> None:
+        count = 200_000
+        ids = ["vm", *map(str, range(count - 1)), str(count - 2)]
+        with pytest.raises(RestoreError, match=rf"'{count - 2}'. is there more than once"):
+            build(ids, [count] + [0] * count, [0] * (count + 1), [], [])
+
 
 class TestBadTrees:
     def test_a_cycle_is_named(self) -> None:
@@ -272,6 +298,13 @@ class TestBadTrees:
         for action in (dumps, pickle.dumps, copy.deepcopy, lambda s: [*s.walk()]):
             with pytest.raises(SnapshotError, match="is its own ancestor"):
                 action(root)
+
+    def test_the_explanation_of_a_bad_tree_ends_in_a_cycle_too(self) -> None:
+        root = tree(tree(id="bad"), tree(id="loop"))
+        root.find("loop").add_snapshot(root.find("loop"))
+        root.find("bad").snapshots.update({"x": 7, 1: 7})  # type: ignore[dict-item]
+        with pytest.raises(SnapshotError, match=r"\$.snapshots\['bad'\].snapshots\['x'\]: a Snap"):
+            dumps(root)
 
     def test_a_shared_node_is_no_cycle(self) -> None:
         shared = tree(id="s", a=b"1")

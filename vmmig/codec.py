@@ -89,7 +89,7 @@ class Limits:
 
     A tree is built only once its columns agree, and then takes about 400 bytes of memory a node
     and 200 a section, besides the ids and the sections' bytes. Until then, decoding takes at
-    most twice the size of the input.
+    most twice the size of the input, and about 100 bytes for each id once their number is right.
 
     Attributes:
         max_nodes: Nodes and sections of the tree, together.
@@ -171,10 +171,14 @@ def dump(snapshot: Snapshot, stream: WritableStream) -> None:
         try:
             while view.nbytes:
                 written = stream.write(view)
-                if written is None:
+                if not written:
                     raise MigratableError("the stream takes no more: it must be a blocking one")
+                if not 0 < written <= view.nbytes:
+                    raise ValueError(f"it says to have taken {written} of {view.nbytes} bytes")
                 view = view[written:]
-        except (OSError, ValueError) as error:
+        except MigratableError:
+            raise
+        except Exception as error:
             raise MigratableError(f"the container could not be written: {error}") from error
 
 
@@ -197,10 +201,7 @@ def loads(data: Buffer, *, lazily: bool = False, limits: Limits | None = None) -
     Traceback (most recent call last):
     vmmig.errors.DecodeError: Failed to restore migratable component: header: ...
     """
-    try:
-        view = raw_view(data).toreadonly()
-    except SnapshotError as error:
-        raise DecodeError(f"a bytes-like object is needed, not {type(data).__name__}") from error
+    view = _view(data)
     header = read_header(view)
     try:
         return _decode(view, header, limits or DEFAULT_LIMITS, lazily)
@@ -242,7 +243,7 @@ def read_header(data: Buffer) -> Header:
     >>> read_header(dumps(Snapshot("vm"))).writer
     'vmmig ...'
     """
-    view = memoryview(data)[:HEADER_BYTES]
+    view = _view(data)[:HEADER_BYTES]
     if view.nbytes < HEADER_BYTES or view[: len(MAGIC)] != MAGIC:
         start = bytes(view[: len(MAGIC)])
         if start and start == MAGIC[: len(start)]:
@@ -477,8 +478,8 @@ class _Part(NamedTuple):
     end: int
     first_sum: int
 
-    @property
-    def place(self) -> str:
+    def __str__(self) -> str:
+        """Its place, for messages: takes time linear in the tree."""
         return self.columns.section_place(self.section)
 
     @property
@@ -546,6 +547,16 @@ class _UncheckedSection(SnapshotDataSection):
         return super().__repr__()
 
 
+def _view(data: Buffer) -> memoryview:
+    try:
+        return raw_view(data).toreadonly()
+    except SnapshotError as error:
+        raise DecodeError(
+            f"a contiguous bytes-like object is needed, not {type(data).__name__}: "
+            f"{error.__cause__}"
+        ) from error
+
+
 def _blame(error: Exception, header: Header) -> DecodeError:
     """Whatever went wrong, as a `DecodeError` that knows the container's header."""
     if not isinstance(error, DecodeError):
@@ -577,7 +588,7 @@ def _decode(view: memoryview, header: Header, limits: Limits, lazily: bool) -> S
     for part in layout.large:
         unchecked = _UncheckedSection(part, view, sums)
         if end != part.start and any(view[end : part.start]):
-            raise DecodeError("the bytes before it are not zero", where=part.place)
+            raise DecodeError("the bytes before it are not zero", where=str(part))
         end = part.end
         if lazily:
             sections[part.section] = unchecked
@@ -594,9 +605,14 @@ def _read(source: _Source, header: Header, limits: Limits) -> Snapshot:
     small = _split(memoryview(small_bytes), layout.small_lengths)
     large = []
     found: list[int] = []
-    for part in layout.large:
-        source.skip_zeros(part.start - source.taken, part.place)
-        large.append(source.take_large(part.end - part.start, part.place, found))
+    if layout.large:
+        begin = layout.large[0].start
+        memory = _memory(layout.large[-1].end - begin)
+        for part in layout.large:
+            source.skip_zeros(part.start - source.taken, part)
+            view = memory[part.start - begin : part.end - begin]
+            source.take_into(view, part, found)
+            large.append(view.toreadonly())
     table = source.take(header.total_bytes - source.taken, "table of checksums")
     sums = _decode_table(layout, memoryview(table))
     _check_small(layout, small, sums)
@@ -606,6 +622,19 @@ def _read(source: _Source, header: Header, limits: Limits) -> Snapshot:
     return build(*layout.columns[:4], layout.arrange(small, large))
 
 
+def _memory(count: int) -> memoryview:
+    """Memory that the kernel hands out only as it is written to.
+
+    One mapping serves all large sections, for a process may have no more than some 65,000.
+    """
+    try:
+        return memoryview(mmap.mmap(-1, count))
+    except (OSError, OverflowError, ValueError) as error:
+        raise DecodeError(
+            f"{count} bytes of memory are not to be had", where="the large sections"
+        ) from error
+
+
 class _Source:
     """A stream, read exactly."""
 
@@ -613,7 +642,7 @@ class _Source:
         self._stream = stream
         self.taken = 0
 
-    def take(self, count: int, what: str) -> bytearray:
+    def take(self, count: int, what: object) -> bytearray:
         data = bytearray()
         while len(data) < count:
             start = len(data)
@@ -622,34 +651,30 @@ class _Source:
                 self._fill(view[start:], what)
         return data
 
-    def take_large(self, count: int, what: str, sums: list[int]) -> memoryview:
-        """Memory that the kernel hands out only as it is written to."""
-        try:
-            view = memoryview(mmap.mmap(-1, count))
-        except (OSError, OverflowError, ValueError) as error:
-            raise DecodeError(f"{count} bytes of memory are not to be had", where=what) from error
-        for start in range(0, count, CHUNK_BYTES):
+    def take_into(self, view: memoryview, what: object, sums: list[int]) -> None:
+        for start in range(0, view.nbytes, CHUNK_BYTES):
             chunk = view[start : start + CHUNK_BYTES]
             self._fill(chunk, what)
             sums.append(checksum(chunk))
-        return view.toreadonly()
 
-    def skip_zeros(self, count: int, what: str) -> None:
+    def skip_zeros(self, count: int, what: object) -> None:
         if any(self.take(count, what)):
-            raise DecodeError("the bytes before it are not zero", where=what)
+            raise DecodeError("the bytes before it are not zero", where=str(what))
 
-    def _fill(self, view: memoryview, what: str) -> None:
+    def _fill(self, view: memoryview, what: object) -> None:
         while view.nbytes:
             try:
                 count = self._stream.readinto(view)
-            except (OSError, ValueError) as error:
-                raise DecodeError(f"the stream failed: {error}", where=what) from error
+                if count is not None and not 0 <= count <= view.nbytes:
+                    raise ValueError(f"it says to have read {count} of {view.nbytes} bytes")
+            except Exception as error:
+                raise DecodeError(f"the stream failed: {error}", where=str(what)) from error
             if not count:
                 raise DecodeError(
                     f"truncated: the stream ends at byte {self.taken}"
                     if count == 0
                     else "the stream has nothing yet: it must be a blocking one",
-                    where=what,
+                    where=str(what),
                 )
             self.taken += count
             view = view[count:]
@@ -771,7 +796,7 @@ def _check_small(layout: _Layout, small: list[bytes], sums: list[int]) -> None:
 
 
 def _check_chunks(part: _Part, found: list[int], sums: list[int]) -> None:
-    expected = sums[part.first_sum :][: part.chunks]
+    expected = sums[part.first_sum : part.first_sum + part.chunks]
     if found == expected:
         return
     damaged = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
@@ -780,7 +805,7 @@ def _check_chunks(part: _Part, found: list[int], sums: list[int]) -> None:
     more = f", and {len(damaged) - 1} more MiB" if len(damaged) > 1 else ""
     raise DecodeError(
         f"damaged: the checksum of its bytes {first} to {last - 1} does not match{more}",
-        where=part.place,
+        where=str(part),
     )
 
 

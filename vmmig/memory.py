@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 import attrs
@@ -62,18 +63,16 @@ class MemoryRangeTable:
         """The ranges of a bitmap's set bits; bit ``i`` is the page at ``start + i * page_bytes``.
 
         Neighbouring pages become one range.
+
+        Raises:
+            MigratableError: The bitmap is negative, or a range ends beyond 64 bits.
         """
-        ranges = []
-        page = 0
-        while bitmap:
-            clear = (bitmap & -bitmap).bit_length() - 1
-            bitmap >>= clear
-            page += clear
-            run = (~bitmap & (bitmap + 1)).bit_length() - 1
-            ranges.append(MemoryRange(start + page * page_bytes, run * page_bytes))
-            bitmap >>= run
-            page += run
-        return cls(ranges)
+        if bitmap < 0:
+            raise MigratableError("a bitmap of pages cannot be negative")
+        return cls(
+            MemoryRange(start + run.start() * page_bytes, len(run[0]) * page_bytes)
+            for run in re.finditer("1+", f"{bitmap:b}"[::-1])
+        )
 
     @classmethod
     def merge(cls, tables: Iterable[MemoryRangeTable]) -> MemoryRangeTable:

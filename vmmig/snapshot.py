@@ -7,6 +7,7 @@ recurses, so a tree may be as deep as memory allows.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, compress, islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -46,6 +47,8 @@ def raw_view(payload: Buffer) -> memoryview:
         view = memoryview(payload)
         if view.format == "B" and view.ndim == 1 and view.contiguous:
             return view
+        if "O" in view.format:
+            raise TypeError("it holds references to Python objects, not their values")
         if not view.nbytes:
             return memoryview(b"")
         if view.c_contiguous:
@@ -108,6 +111,9 @@ class SnapshotDataSection:
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))
 
+    def __copy__(self) -> SnapshotDataSection:
+        return SnapshotDataSection(self.id, self.snapshot)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SnapshotDataSection:
         return SnapshotDataSection(self.id, _value(self.snapshot))
 
@@ -156,6 +162,9 @@ class SnapshotPath:
     def __hash__(self) -> int:
         return hash(self.ids)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _place, (self.ids,)
+
     def __str__(self) -> str:
         steps = [f".snapshots[{_short(id)}]" for id in self.ids]
         if len(steps) > 2 * _SHOWN:
@@ -164,6 +173,13 @@ class SnapshotPath:
 
     def __repr__(self) -> str:
         return f"<SnapshotPath {self}>"
+
+
+def _place(ids: Iterable[str]) -> SnapshotPath:
+    place = SnapshotPath()
+    for id in ids:
+        place = place.child(id)
+    return place
 
 
 @attrs.define(eq=False, repr=False)
@@ -342,6 +358,9 @@ what is not known here: section 'regs'
         lines = [f"{'    ' * len(path.ids)}{node!r}" for path, node in nodes]
         printer.text("\n".join(lines))
 
+    def __copy__(self) -> Snapshot:
+        return Snapshot(self.id, {**self.snapshots}, {**self.snapshot_data})
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
         columns = flatten(self)
         payloads = [_value(payload) for payload in columns.payloads]
@@ -453,10 +472,7 @@ class Columns(NamedTuple):
         while node > 0:
             ids.append(self.ids[node])
             node = parents[node]
-        place = SnapshotPath()
-        for id in reversed(ids):
-            place = place.child(id)
-        return place
+        return _place(reversed(ids))
 
     def section_place(self, section: int) -> str:
         """The place of the ``section``-th section, for messages."""
@@ -610,7 +626,7 @@ def _grouped(
         names = keys[start:end]
         groups[i].update(zip(names, values[start:end], strict=True))
         if len(groups[i]) != count:
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = max(names, key=Counter(names).__getitem__)
             raise _TwiceError(i, twice, values)
         start = end
     return groups
@@ -641,9 +657,12 @@ def _explain(root: Any, error: Exception | None) -> None:
         raise SnapshotError(f"a Snapshot is needed, not {type(root).__name__}") from error
     if not isinstance(root.id, str):
         raise SnapshotError(f"$: the id is not a str: {root.id!r}") from error
-    stack = [(SnapshotPath(), root)]
+    stack, seen = [(SnapshotPath(), root)], set[int]()
     while stack:
         place, node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
         for name, kind in (("snapshots", Snapshot), ("snapshot_data", SnapshotDataSection)):
             for key, value in getattr(node, name).items():
                 at = f"{place}.{name}[{key!r}]"

@@ -223,7 +223,7 @@ class Actor:
             url = str(Path(folder, "saved.vmsnap"))
             self.write(f"{self.name}.send({name}, 'saved.vmsnap')")
             self.write(f"{name} = {self.name}.recv('saved.vmsnap')")
-            _, error = _tried(lambda: self.component.send(snapshot, url))
+            received, error = _tried(lambda: self.component.send(snapshot, url))
             if error is None:
                 received, error = _tried(lambda: self.component.recv(url))
             if error is None:
