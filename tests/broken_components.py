@@ -651,6 +651,22 @@ class ClockJumpsOverThePause(SoundStopwatch):
         return super().elapsed()
 
 
+class AgeSinceTheStartOfTheProcess(SoundStopwatch):
+    """Only what its operation returns shows that it does not stop."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+    def snapshot(self) -> Snapshot:
+        assert self.since is not None
+        section = SnapshotDataSection("elapsed", self.since.hex().encode())
+        return Snapshot(self.id(), {}, {"elapsed": section})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        super().restore(snapshot)
+        self.since, self.before = self.before, 0.0
+
+
 class ClockOfTheHostInTheSnapshot(SoundStopwatch):
     def snapshot(self) -> Snapshot:
         started = time.monotonic() - self.elapsed()
@@ -818,6 +834,7 @@ BROKEN: dict[Any, tuple[str, dict[str, Any], str]] = {
     SecondPauseFails: (PAUSES, _DEVICE, "pause() raised RuntimeError: paused already"),
     ResumeWithoutPauseFails: (PAUSES, _DEVICE, "resume() raised ResumeError"),
     ClockJumpsOverThePause: (TIME, _WATCH, "noticed that time passed"),
+    AgeSinceTheStartOfTheProcess: (TIME, {"operations": {"elapsed": []}}, "what it does later"),
     ClockOfTheHostInTheSnapshot: (TIME, _WATCH, "restored an hour later"),
     PauseDoesNotStopTheThread: (PAUSES, _DEVICE, "changed while it was paused"),
     IdChanges: (STRUCTURE, _DEVICE, "id() is not always the same: 'device-1', 'device-2'"),

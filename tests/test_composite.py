@@ -200,7 +200,15 @@ class TestAllOrNone:
         with pytest.raises(PauseErrorGroup) as info:
             vm.pause()
         assert [e.component_path for e in info.value.exceptions] == ["vm/a", "vm/b", "vm/c"]  # type: ignore[attr-defined]
-        assert states(info.value) == {"a": "running", "b": "paused", "c": "unknown"}
+        assert states(info.value) == {"a": "as before", "b": "paused", "c": "unknown"}
+        for action in (vm.snapshot, lambda: vm.restore(Snapshot("vm"))):
+            with pytest.raises(MigratableError, match="neither running nor paused"):
+                action()
+        for part in (a, b, c):
+            part.fail.clear()
+        vm.pause()
+        assert not any(part.running for part in (a, b, c))
+        vm.snapshot()
 
     def test_a_failed_undoing_of_resume_and_of_restore(self) -> None:
         vm, (a, b), _ = machine("a", "b")

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+from unittest import SkipTest
 
 import pytest
 from hypothesis import Phase, settings
@@ -60,7 +61,8 @@ def test_what_is_sound_keeps_every_law(name: str) -> None:
     component, options = SOUND[name]
     laws = 0
     for _, test in laws_of(contract(component, **options)):
-        test(None)
+        with suppress(SkipTest):
+            test(None)
         laws += 1
     assert laws >= 12
 

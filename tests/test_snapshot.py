@@ -139,6 +139,18 @@ class TestTree:
         assert len(repr(root)) < 3000
         assert "'s0': 1000000 bytes" in repr(root)
 
+    def test_a_small_tree_is_shown_whole_by_hypothesis(self) -> None:
+        from hypothesis.vendor.pretty import pretty
+
+        small = tree(tree(tree(id="c", s=b"x"), id="b"))
+        assert pretty(small).splitlines() == [
+            "Snapshot('vm', snapshots: ['b'])",
+            "    Snapshot('b', snapshots: ['c'])",
+            "        Snapshot('c', snapshot_data: ['s': 1 bytes])",
+        ]
+        assert pretty(chain(1000)) == "Snapshot('0', snapshots: ['1'])"
+        assert pretty(SnapshotDataSection("s", b"x")) == repr(SnapshotDataSection("s", b"x"))
+
     @given(snapshots(), snapshots())
     def test_equality_is_what_the_container_says(self, a: Snapshot, b: Snapshot) -> None:
         assert (a == b) == (dumps(a) == dumps(b))

@@ -9,10 +9,9 @@ do not use it.
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vmmig._lazy import load_lazily
 
 __version__ = "0.1.0"
 
@@ -55,39 +54,20 @@ if TYPE_CHECKING:
     from vmmig.verify import DefaultMethodWarning as DefaultMethodWarning
     from vmmig.verify import verify as verify
 
-_NAMES = {
-    "codec": "Limits configure_converter dump dumps load loads make_converter",
-    "composite": "Composite RestoreReport",
-    "errors": "ContractError DecodeError MigratableError MigratableErrorGroup MigrateReceiveError "
-    "MigrateSendError MissingExtraError PauseError RestoreError ResumeError SnapshotError",
-    "memory": "MemoryRange MemoryRangeTable",
-    "migration": "UrlTransport recv send",
-    "snapshot": "Difference Snapshot SnapshotDataSection SnapshotPath diff",
-    "traits": "LiveMigratable Migratable Pausable Snapshottable Transportable",
-    "verify": "DefaultMethodWarning verify",
-}
-_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+_HOMES = load_lazily(
+    __name__,
+    {
+        "codec": "Limits configure_converter dump dumps load loads make_converter",
+        "composite": "Composite RestoreReport",
+        "errors": "ContractError DecodeError MigratableError MigratableErrorGroup "
+        "MigrateReceiveError MigrateSendError MissingExtraError PauseError RestoreError "
+        "ResumeError SnapshotError",
+        "memory": "MemoryRange MemoryRangeTable",
+        "migration": "UrlTransport recv send",
+        "snapshot": "Difference Snapshot SnapshotDataSection SnapshotPath diff",
+        "traits": "LiveMigratable Migratable Pausable Snapshottable Transportable",
+        "verify": "DefaultMethodWarning verify",
+    },
+)
 
 __all__ = [*sorted(_HOMES), "__version__"]
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: object) -> None:
-        # The import system sets each submodule as an attribute: it must not hide the function.
-        if name not in _HOMES or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'vmmig' has no attribute {name!r}")
-    value = getattr(import_module(f"vmmig.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__

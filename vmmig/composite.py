@@ -291,6 +291,7 @@ class Composite(UrlTransport):
     ) -> None:
         states: dict[str, Literal["running", "paused"]] = {"pause": "paused", "resume": "running"}
         before, self._state = self._state, "mixed"
+        untouched = states[reverse] if before in ("running", "paused") else "as before"
         for k, (name, component) in enumerate(order):
             try:
                 getattr(component, action)()
@@ -301,13 +302,14 @@ class Composite(UrlTransport):
                         error,
                         name,
                         [(done, getattr(part, reverse)) for done, part in reversed(order[:k])],
-                        failed=states[reverse],
+                        failed=untouched,
                         undone=states[reverse],
                         left=states[action],
                         undo_kind=reverse_kind,
+                        untouched=untouched,
                     )
                 except MigratableError as failure:
-                    if {*failure.component_states.values()} == {states[reverse]}:
+                    if {*failure.component_states.values()} <= {states[reverse], "as before"}:
                         self._state = before
                     raise
         self._state = states[action]
@@ -323,6 +325,7 @@ class Composite(UrlTransport):
         undone: str,
         left: str,
         undo_kind: type[MigratableError] | None = None,
+        untouched: str = "as before",
     ) -> NoReturn:
         """Undo what was done before ``name`` failed with ``error``, and raise what happened.
 
@@ -330,10 +333,11 @@ class Composite(UrlTransport):
         promises (``failed``; ``left`` if undoing failed); after any other error, nobody knows.
         """
         undo_kind = undo_kind or kind
-        states = dict.fromkeys(self._components, undone)
+        states = dict.fromkeys(self._components, untouched)
         states[name] = failed if isinstance(error, kind) else "unknown"
         failures = [(kind, error, name)] if isinstance(error, Exception) else []
         for done, action in undo:
+            states[done] = undone
             try:
                 action()
             except Exception as problem:

@@ -29,6 +29,7 @@ _V = TypeVar("_V")
 _OUT_OF_BAND_BYTES = 1 << 16
 _COMPARED_BYTES = 1 << 16
 _SHOWN = 8
+_PRETTY_NODES = 30
 _FIRST_CYCLE_CHECK = 1 << 16
 
 
@@ -106,6 +107,9 @@ class SnapshotDataSection:
         start = view[:16].hex(" ")
         dots = " ..." if view.nbytes > 16 else ""
         return f"SnapshotDataSection({_short(self.id)}, {view.nbytes} bytes: {start}{dots})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
 
     def __copy__(self) -> SnapshotDataSection:
         return SnapshotDataSection(self.id, self.snapshot)
@@ -345,6 +349,14 @@ what is not known here: section 'regs'
             more = len(self.snapshot_data) - len(sized)
             text += f", snapshot_data: [{_shown(sized, str, more)}]"
         return text + ")"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """A small tree whole, for hypothesis and IPython; of a large one only the root."""
+        nodes = [*islice(self.walk(), _PRETTY_NODES + 1)]
+        if len(nodes) > _PRETTY_NODES:
+            nodes = nodes[:1]
+        lines = [f"{'    ' * len(path.ids)}{node!r}" for path, node in nodes]
+        printer.text("\n".join(lines))
 
     def __copy__(self) -> Snapshot:
         return Snapshot(self.id, {**self.snapshots}, {**self.snapshot_data})

@@ -180,9 +180,8 @@ class Actor:
     def must(self, action: str) -> None:
         """Pause or resume it."""
         self.write(f"{self.name}.{action}()")
-        try:
-            getattr(self.component, action)()
-        except Exception as error:
+        _, error = _tried(getattr(self.component, action))
+        if error is not None:
             self.run.fail(f"{action}() raised {named(error)}")
 
     def pause(self) -> None:
@@ -193,11 +192,8 @@ class Actor:
 
     def do(self, call: Call) -> tuple[str, object]:
         self.write(call.text(self.name))
-        try:
-            result = call.on(self.component)
-        except Exception as error:
-            return "raised", named(error)
-        return "returned", _frozen(result)
+        result, error = _tried(lambda: call.on(self.component))
+        return ("returned", _frozen(result)) if error is None else ("raised", named(error))
 
     def do_all(self, calls: list[Call]) -> None:
         for call in calls:
@@ -205,45 +201,45 @@ class Actor:
 
     def snapshot(self, name: str = "saved") -> Snapshot:
         self.write(f"{name} = {self.name}.snapshot()")
-        try:
-            snapshot = self.component.snapshot()
-            if isinstance(snapshot, Snapshot):
-                dumps(snapshot)
-        except Exception as error:
-            self.run.fail(f"snapshot() of a paused component failed: {named(error)}")
-        if not isinstance(snapshot, Snapshot):
+        snapshot, error = _tried(self.component.snapshot)
+        if error is None and not isinstance(snapshot, Snapshot):
             self.run.fail(f"snapshot() gave a {type(snapshot).__name__}, not a Snapshot")
+        if error is None:
+            _, error = _tried(lambda: dumps(snapshot))
+        if error is not None:
+            self.run.fail(f"snapshot() of a paused component failed: {named(error)}")
+        assert isinstance(snapshot, Snapshot)
         return snapshot
 
     def restore(self, snapshot: Snapshot, name: str = "saved") -> object:
         self.write(f"{self.name}.restore({name})")
-        try:
-            return self.component.restore(snapshot)
-        except Exception as error:
+        report, error = _tried(lambda: self.component.restore(snapshot))
+        if error is not None:
             self.run.fail(f"restore() of a snapshot of its own failed: {named(error)}")
+        return report
 
     def sent_and_received(self, snapshot: Snapshot, name: str = "saved") -> Snapshot:
         with tempfile.TemporaryDirectory() as folder:
             url = str(Path(folder, "saved.vmsnap"))
             self.write(f"{self.name}.send({name}, 'saved.vmsnap')")
             self.write(f"{name} = {self.name}.recv('saved.vmsnap')")
-            try:
-                self.component.send(snapshot, url)
-                received: Snapshot = self.component.recv(url)
-                dumps(received)
-            except Exception as error:
-                self.run.fail(f"sending and receiving failed: {named(error)}")
+            received, error = _tried(lambda: self.component.send(snapshot, url))
+            if error is None:
+                received, error = _tried(lambda: self.component.recv(url))
+            if error is None:
+                _, error = _tried(lambda: dumps(received))
+        if error is not None:
+            self.run.fail(f"sending and receiving failed: {named(error)}")
+        assert isinstance(received, Snapshot)
         return received
 
     def try_to_restore(self, snapshot: Snapshot, name: str) -> tuple[bool, object]:
         """Whether a snapshot that may be refused was accepted, and what restore returned."""
         self.write(f"{self.name}.restore({name})")
-        try:
-            return True, self.component.restore(snapshot)
-        except RestoreError:
-            return False, None
-        except Exception as error:
+        report, error = _tried(lambda: self.component.restore(snapshot))
+        if error is not None and not isinstance(error, RestoreError):
             self.run.fail(f"restore() raised {named(error)}, not a RestoreError")
+        return error is None, report
 
     def subject_is_deterministic(self, twin: Actor) -> bool:
         """Whether two new components are in the same state, as far as can be seen."""
@@ -336,6 +332,14 @@ def let_threads_run() -> None:
     """Give a thread that a pause should have stopped the chance to show that it was not."""
     if threading.active_count() > 1:
         threading.Event().wait(0.005)
+
+
+def _tried(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What came of it; so that a failure is told outside of the component's own exception."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def named(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -18,6 +20,8 @@ from vmmig.testing.attempts import (
 )
 from vmmig.traits import LiveMigratable
 
+_LAW = "any sequence of calls keeps the state"
+
 
 def machine_of(subject: Subject) -> type[RuleBasedStateMachine]:
     class Machine(RuleBasedStateMachine):
@@ -27,7 +31,7 @@ def machine_of(subject: Subject) -> type[RuleBasedStateMachine]:
             super().__init__()
             self.time = standing_time()
             self.time.__enter__()
-            aside = Attempt(subject, "any sequence of calls keeps the state")
+            aside = Attempt(subject, _LAW)
             self.alike = aside.new("component").subject_is_deterministic(aside.new("twin"))
             self.attempt = Attempt(subject, aside.law)
             self.actor = self.attempt.started("component")
@@ -123,4 +127,8 @@ def machine_of(subject: Subject) -> type[RuleBasedStateMachine]:
                 self.attempt.same_bytes(data, dumps(snapshot), f"{name} changed")
 
     Machine.__name__ = Machine.__qualname__ = f"{subject.name}Machine"
+    test_case: Any = Machine.TestCase
+    test_case.vmmig_component = subject.name
+    test_case.vmmig_notes = subject.notes
+    test_case.runTest.vmmig_law = _LAW
     return Machine
