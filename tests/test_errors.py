@@ -19,6 +19,7 @@ from vmmig.errors import (
     RestoreError,
     ResumeError,
     SnapshotError,
+    relocated,
 )
 
 TEXTS = {
@@ -69,6 +70,12 @@ def test_extra_facts_survive_pickling() -> None:
     assert (copy.where, copy.version, copy.writer) == ("$", 2, "vmmig 9")
     assert pickle.loads(pickle.dumps(ContractError("x", problems=["a"]))).problems == ("a",)
     assert pickle.loads(pickle.dumps(MissingExtraError("x", extra="cli"))).extra == "cli"
+
+
+def test_damage_that_a_component_finds_names_the_component_too() -> None:
+    error = relocated(DecodeError("damaged", where="$.snapshot_data['s']"), "vm", "disk")
+    assert str(error).endswith("component: vm/disk: $.snapshot_data['s']: damaged")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_the_cause_is_chained_and_survives_pickling() -> None:

@@ -15,6 +15,7 @@ from queue import SimpleQueue
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
 
 from vmmig.adapters import guest, unicorn
 from vmmig.errors import MigratableError, PauseError, RestoreError, SnapshotError
@@ -570,3 +571,9 @@ print("alive", vcpu.registers()["rip"] >= 0x1000)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "alive True\n"), run.stderr
+
+
+@pytest.mark.parametrize("id", ["\0", "../../ram", "r" * 300, "\ud800"])
+def test_any_text_is_an_id_of_ram(id: str) -> None:
+    engine = Uc(UC_ARCH_X86, UC_MODE_64)
+    assert unicorn.Ram(engine, 64 * KIB, id=id).id() == id

@@ -147,8 +147,8 @@ class DecodeError(RestoreError):
         self.writer = writer
 
     def __str__(self) -> str:
-        where = f"{self.where}: " if self.where else ""
-        return f"{self._prefix}{where}{_text(self.cause)}"
+        places = [place for place in (self.component_path, self.where) if place]
+        return self._prefix + ": ".join([*places, _text(self.cause)])
 
 
 class MigrateSendError(MigratableError):

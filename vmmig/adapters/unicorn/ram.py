@@ -46,7 +46,7 @@ class Ram:
         self._section = f"{gpa:#x}"
         self._uc = uc
         try:
-            self.memory = _shareable(id, size_bytes)
+            self.memory = _shareable(size_bytes)
             self._shared = (ctypes.c_char * size_bytes).from_buffer(self.memory)
             uc.mem_map_ptr(gpa, size_bytes, UC_PROT_ALL, ctypes.addressof(self._shared))
             # The engine's thread may outlive this object: the memory lives as long as the engine.
@@ -103,9 +103,9 @@ class Ram:
         forget_translations(self._uc)
 
 
-def _shareable(name: str, size_bytes: int) -> mmap.mmap:
+def _shareable(size_bytes: int) -> mmap.mmap:
     """Memory that another process can be given, as a file descriptor."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    descriptor = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
     try:
         os.ftruncate(descriptor, size_bytes)
         return mmap.mmap(descriptor, size_bytes)
