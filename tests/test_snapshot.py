@@ -327,6 +327,8 @@ class TestBadTrees:
             (lambda s: s.snapshots.update({1: Snapshot("x")}), "the id is not a str"),
             (lambda s: s.snapshots.update({"x": 7}), "a Snapshot is needed, not int"),
             (lambda s: s.snapshot_data.update({"x": b""}), "a SnapshotDataSection is needed"),
+            (lambda s: setattr(s, "snapshots", None), r"\$.snapshots: a dict is needed, not None"),
+            (lambda s: setattr(s, "snapshot_data", [b"x"]), r"\$.snapshot_data: a dict is needed"),
             (lambda s: setattr(s, "id", 7), "the id is not a str"),
             (
                 lambda s: s.snapshot_data.update({"x": SnapshotDataSection("y")}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, compress, islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -664,7 +664,12 @@ def _explain(root: Any, error: Exception | None) -> None:
             continue
         seen.add(id(node))
         for name, kind in (("snapshots", Snapshot), ("snapshot_data", SnapshotDataSection)):
-            for key, value in getattr(node, name).items():
+            held = getattr(node, name)
+            if not isinstance(held, Mapping):
+                raise SnapshotError(
+                    f"{place}.{name}: a dict is needed, not {type(held).__name__}"
+                ) from error
+            for key, value in held.items():
                 at = f"{place}.{name}[{key!r}]"
                 if not isinstance(key, str):
                     raise SnapshotError(f"{at}: the id is not a str") from error
