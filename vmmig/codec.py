@@ -60,6 +60,7 @@ from xxhash import xxh3_64_intdigest as checksum
 from vmmig import __version__
 from vmmig.errors import DecodeError, MigratableError, SnapshotError
 from vmmig.snapshot import (
+    MAX_NODES,
     Buffer,
     Columns,
     Snapshot,
@@ -103,7 +104,7 @@ class Limits:
 the 8 bytes allowed; Limits(max_id_bytes=...) allows more
     """
 
-    max_nodes: int = 1 << 24
+    max_nodes: int = MAX_NODES
     max_bytes: int = (1 << 63) - 1
     max_id_bytes: int = (1 << 32) - 1
 
@@ -330,8 +331,8 @@ def encode(snapshot: Snapshot) -> Encoding:
     128
     """
     columns = flatten(snapshot)
-    if len(columns.ids) + len(columns.section_ids) > DEFAULT_LIMITS.max_nodes:
-        raise SnapshotError(f"it has more than {DEFAULT_LIMITS.max_nodes} nodes and sections")
+    if len(columns.ids) + len(columns.section_ids) > MAX_NODES:
+        raise SnapshotError(f"it has more than {MAX_NODES} nodes and sections")
     small = columns.payloads
     large: list[memoryview] = []
     if {*map(type, small)} <= {bytes}:
@@ -422,8 +423,6 @@ def configure_converter(converter: Converter) -> None:
     converter.register_structure_hook(Snapshot, snapshot_in)
     converter.register_unstructure_hook(SnapshotDataSection, section_out)
     converter.register_structure_hook(SnapshotDataSection, section_in)
-    converter.register_unstructure_hook(Columns, _index_out)
-    converter.register_structure_hook(Columns, _index_in)
 
 
 def _index_out(columns: Columns) -> list[Any]:
@@ -466,7 +465,13 @@ def _index_in(elements: Iterable[Any], _: Any) -> Columns:
     )
 
 
-_converter = cache(make_converter)
+@cache
+def _converter() -> Converter:
+    """The converter of the container itself, which also knows its index."""
+    converter = make_converter()
+    converter.register_unstructure_hook(Columns, _index_out)
+    converter.register_structure_hook(Columns, _index_in)
+    return converter
 
 
 class _Part(NamedTuple):

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _V = TypeVar("_V")
 
+MAX_NODES = 1 << 24
+"""The most nodes and sections of a tree that is encoded, and by default of one decoded."""
+
 _OUT_OF_BAND_BYTES = 1 << 16
 _COMPARED_BYTES = 1 << 16
 _SHOWN = 8
@@ -508,6 +511,8 @@ def flatten(root: Snapshot) -> Columns:
             asked += batch
             if asked >= len(nodes):
                 break
+            if len(nodes) > MAX_NODES:
+                raise SnapshotError(f"it has more than {MAX_NODES} nodes")
             _refuse_cycle(root)
             batch = asked
         own = [node.snapshot_data for node in nodes]
