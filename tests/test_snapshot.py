@@ -295,7 +295,17 @@ class TestBadTrees:
         child = Snapshot("b")
         root.add_snapshot(child)
         child.add_snapshot(root)
-        for action in (dumps, pickle.dumps, copy.deepcopy, lambda s: [*s.walk()]):
+        twin = Snapshot("a")
+        twin.add_snapshot(Snapshot("b"))
+        twin.snapshots["b"].add_snapshot(twin)
+        for action in (
+            dumps,
+            pickle.dumps,
+            copy.deepcopy,
+            lambda s: [*s.walk()],
+            lambda s: s == twin,
+            lambda s: [*diff(s, twin)],
+        ):
             with pytest.raises(SnapshotError, match="is its own ancestor"):
                 action(root)
 

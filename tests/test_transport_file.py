@@ -27,7 +27,13 @@ from hypothesis import strategies as st
 
 import vmmig
 from vmmig import transport
-from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError, SnapshotError
+from vmmig.errors import (
+    DecodeError,
+    MigratableError,
+    MigrateReceiveError,
+    MigrateSendError,
+    SnapshotError,
+)
 from vmmig.transport import file
 
 MIB = 1 << 20
@@ -635,3 +641,12 @@ def test_a_transport_is_loaded_when_it_is_used() -> None:
     )
     env = {**os.environ, "PYTHONPATH": str(Path(vmmig.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "vm.vmsnap"
+    vmmig.send(vmmig.Snapshot("vm"), path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(MigrateReceiveError, match=r"vm\.vmsnap': .*truncated: 1 of") as caught:
+        vmmig.recv(path)
+    assert isinstance(caught.value.__cause__, DecodeError)

@@ -49,7 +49,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import attrs
@@ -670,7 +670,7 @@ class _Source:
         while view.nbytes:
             try:
                 count = self._stream.readinto(view)
-                if count is not None and not 0 <= count <= view.nbytes:
+                if count is not None and not (isinstance(count, int) and 0 <= count <= view.nbytes):
                     raise ValueError(f"it says to have read {count} of {view.nbytes} bytes")
             except Exception as error:
                 raise DecodeError(f"the stream failed: {error}", where=str(what)) from error
@@ -724,8 +724,15 @@ def _decode_index(header: Header, index: memoryview, limits: Limits) -> _Layout:
             "Limits(max_nodes=...) allows more",
             where="index",
         )
+    head = [unpacker.unpack() for _ in range(3)]
+    nodes, lengths = _unpacked("I", head[0], "children"), _unpacked("Q", head[2], "lengths")
+    needed = len(nodes) + len(lengths)
+    if count - 3 != needed:
+        raise DecodeError(f"it needs {needed} ids and has {count - 3}", where="index")
+    if sum(lengths) > header.total_bytes:
+        raise DecodeError("its sections make more bytes than the container has", where="index")
     try:
-        columns = _converter().structure(unpacker, Columns)
+        columns = _converter().structure(chain(head, unpacker), Columns)
     except ValueError as error:
         if "max_str_len" in str(error):
             raise DecodeError(
@@ -734,7 +741,7 @@ def _decode_index(header: Header, index: memoryview, limits: Limits) -> _Layout:
                 where="index",
             ) from error
         raise
-    if unpacker.tell() != len(index) or count != 3 + len(columns.ids) + len(columns.section_ids):
+    if unpacker.tell() != len(index):
         raise DecodeError("it does not hold what it says it does", where="index")
     return _layout(columns, header)
 
@@ -816,18 +823,16 @@ def _check_chunks(part: _Part, found: list[int], sums: list[int]) -> None:
 
 def _explain_ids(columns: Columns, error: Exception) -> NoReturn:
     """Name the first id that msgpack cannot hold."""
-    for node, id in enumerate(columns.ids):
-        _check_id(id, str(columns.path(node)))
-    for section, id in enumerate(columns.section_ids):
-        _check_id(id, columns.section_place(section))
+    for ids, place in (
+        (columns.ids, columns.path),
+        (columns.section_ids, columns.section_place),
+    ):
+        for i, id in enumerate(ids):
+            try:
+                id.encode()
+            except UnicodeEncodeError as wrong:
+                raise SnapshotError(f"{place(i)}: the id is not valid Unicode: {wrong}") from wrong
     raise SnapshotError(error) from error
-
-
-def _check_id(id: str, where: str) -> None:
-    try:
-        id.encode()
-    except UnicodeEncodeError as error:
-        raise SnapshotError(f"{where}: the id is not valid Unicode: {error}") from error
 
 
 def _check_types(values: Any, kind: type | None, where: str) -> None:
@@ -842,7 +847,7 @@ def _check_types(values: Any, kind: type | None, where: str) -> None:
 
 def _fields(data: Any, names: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(data, dict) or data.keys() != set(names):
-        raise DecodeError(f"a dict of {', '.join(names)} is needed, not {data!r:.200}")
+        raise DecodeError(f"a dict of {', '.join(names)} is needed, not {type(data).__name__}")
     return data
 
 

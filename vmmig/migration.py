@@ -62,7 +62,7 @@ def recv(
     except MigrateReceiveError:
         raise
     except MigratableError as error:
-        raise MigrateReceiveError(error) from error
+        raise MigrateReceiveError(f"{os.fspath(source_url)!r}: {error}") from error
 
 
 class UrlTransport:

@@ -33,7 +33,7 @@ _OUT_OF_BAND_BYTES = 1 << 16
 _COMPARED_BYTES = 1 << 16
 _SHOWN = 8
 _PRETTY_NODES = 30
-_FIRST_CYCLE_CHECK = 1 << 16
+_CYCLE_CHECK = 1 << 16
 
 
 def raw_view(payload: Buffer) -> memoryview:
@@ -309,7 +309,7 @@ what is not known here: section 'regs'
         [('$', 'vm'), ("$.snapshots['cpu']", 'cpu'), ("$.snapshots['ram']", 'ram')]
         """
         stack: list[tuple[SnapshotPath, Snapshot]] = [(SnapshotPath(), self)]
-        seen, check_at = 0, _FIRST_CYCLE_CHECK
+        seen = 0
         while stack:
             place, node = stack.pop()
             yield place, node
@@ -317,16 +317,19 @@ what is not known here: section 'regs'
                 children = sorted(node.snapshots.items(), reverse=True)
                 stack.extend((place.child(id), child) for id, child in children)
             seen += 1
-            if seen == check_at:
+            if seen == _CYCLE_CHECK:
                 _refuse_cycle(self)
-                check_at *= 2
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Snapshot):
             return NotImplemented
         pairs: list[tuple[Snapshot, Snapshot]] = [(self, other)]
+        seen = 0
         while pairs:
             a, b = pairs.pop()
+            seen += 1
+            if seen == _CYCLE_CHECK:
+                _refuse_cycle(self)
             if a is b:
                 continue
             if (
@@ -423,8 +426,13 @@ def diff(a: Snapshot, b: Snapshot) -> Iterator[Difference]:
     $.snapshots['nic']: added Snapshot('nic')
     """
     stack: list[tuple[SnapshotPath, Snapshot | None, Snapshot | None]] = [(SnapshotPath(), a, b)]
+    seen = 0
     while stack:
         place, before, after = stack.pop()
+        seen += 1
+        if seen == _CYCLE_CHECK:
+            _refuse_cycle(a)
+            _refuse_cycle(b)
         if before is None or after is None:
             yield Difference(place, None, "added" if before is None else "removed", before, after)
             continue
@@ -496,7 +504,7 @@ def flatten(root: Snapshot) -> Columns:
     """
     nodes: list[Any] = [root]
     keys: list[Any] = [getattr(root, "id", "")]
-    ahead, asked, batch = iter(nodes), 0, _FIRST_CYCLE_CHECK
+    ahead, asked, batch = iter(nodes), 0, _CYCLE_CHECK
     try:
         while True:
             for node in islice(ahead, batch):
@@ -511,10 +519,10 @@ def flatten(root: Snapshot) -> Columns:
             asked += batch
             if asked >= len(nodes):
                 break
-            if len(nodes) > MAX_NODES:
+            if batch == MAX_NODES:
                 raise SnapshotError(f"it has more than {MAX_NODES} nodes")
             _refuse_cycle(root)
-            batch = asked
+            batch = MAX_NODES
         own = [node.snapshot_data for node in nodes]
         counts = [*map(len, own)]
         if max(counts) > 1:
@@ -675,17 +683,15 @@ def _explain(root: Any, error: Exception | None) -> None:
                     f"{place}.{name}: a dict is needed, not {type(held).__name__}"
                 ) from error
             for key, value in held.items():
-                at = f"{place}.{name}[{key!r}]"
                 if not isinstance(key, str):
-                    raise SnapshotError(f"{at}: the id is not a str") from error
-                if not isinstance(value, kind):
-                    raise SnapshotError(
-                        f"{at}: a {kind.__name__} is needed, not {type(value).__name__}"
-                    ) from error
-                if value.id != key:
-                    raise SnapshotError(
-                        f"{at}: kept under this id, but its own id is {value.id!r}"
-                    ) from error
+                    wrong = "the id is not a str"
+                elif not isinstance(value, kind):
+                    wrong = f"a {kind.__name__} is needed, not {type(value).__name__}"
+                elif value.id != key:
+                    wrong = f"kept under this id, but its own id is {value.id!r}"
+                else:
+                    continue
+                raise SnapshotError(f"{place}.{name}[{key!r}]: {wrong}") from error
         stack.extend((place.child(key), child) for key, child in node.snapshots.items())
 
 
