@@ -5,16 +5,18 @@ import io
 import os
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import find, given
 from hypothesis import strategies as st
+from hypothesis.errors import InvalidArgument
 
 from vmmig import Composite, Migratable, Snapshottable, UrlTransport, recv, send, verify
 from vmmig.codec import dump, dumps, load
-from vmmig.errors import DecodeError, MigratableError, MigrateSendError
+from vmmig.errors import DecodeError, MigratableError, MigrateSendError, RestoreError
 from vmmig.snapshot import Snapshot, SnapshotDataSection
 from vmmig.testing.components import Counter
 from vmmig.testing.faults import (
@@ -55,6 +57,15 @@ class TestFailing:
         assert counter.value == proxy.value == 2
         assert "CallFault(method='add', at=2" in repr(proxy)
 
+    def test_attributes_are_those_of_the_component(self) -> None:
+        counter = Counter()
+        proxy = failing(counter, CallFault("pause"))
+        proxy.value = 7
+        proxy.note = "new"
+        assert (counter.value, counter.add(1), proxy.value) == (7, 8, 8)
+        del proxy.note
+        assert not hasattr(counter, "note")
+
     def test_a_method_that_is_not_there_is_refused(self) -> None:
         with pytest.raises(MigratableError, match="no method 'send'"):
             failing(Counter(), CallFault("send"))
@@ -84,6 +95,18 @@ class TestFailing:
 
 
 DATA = dumps(Snapshot("vm", {}, {"ram": SnapshotDataSection("ram", bytes(range(200)))}))
+
+
+class Gate(threading.Event):
+    """An event that tells when somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.reached.set()
+        return super().wait(timeout)
 
 
 class TestStreams:
@@ -130,7 +153,9 @@ class TestStreams:
     )
     def test_reading(self, fault: StreamFault, read: bytes) -> None:
         assert FaultyStream(io.BytesIO(b"abcdefgh"), fault).read() == read
-        assert FaultyStream(io.BytesIO(b"abcdefgh"), fault).read(5) == read[:5]
+        buffered = io.BufferedReader(FaultyStream(io.BytesIO(b"abcdefgh"), fault))
+        assert buffered.read(5) == read[:5]
+        assert buffered.read() == read[5:]
 
     def test_writing(self) -> None:
         sink = io.BytesIO()
@@ -150,19 +175,73 @@ class TestStreams:
         with pytest.raises(TimeoutError):
             FaultyStream(io.BytesIO(), Stall(0)).write(b"a")
 
+    @pytest.mark.parametrize(
+        "fault",
+        [Cut(150), Cut(0), Stall(150), Trickle(), FlipBit(150), Reorder(150, 9), NoSpace(150)],
+        ids=repr,
+    )
+    def test_a_connection_counts_each_direction_by_itself(self, fault: StreamFault) -> None:
+        snapshot = load(io.BytesIO(DATA))
+        ours, theirs = socket.socketpair()
+        with (
+            ours,
+            theirs,
+            ours.makefile("rwb", 0) as raw,
+            theirs.makefile("rwb", 0) as far,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            received = pool.submit(far.readall)
+            stream = FaultyStream(raw, fault)
+            try:
+                dump(snapshot, stream)
+            except MigratableError:
+                assert isinstance(fault, (Cut, Stall, NoSpace))
+            finally:
+                ours.shutdown(socket.SHUT_WR)
+            ends = isinstance(fault, (Cut, Stall, NoSpace))
+            harmed = isinstance(fault, (FlipBit, Reorder))
+            sent = received.result()
+            assert sent == DATA[: fault.at] if ends else (sent == DATA) != harmed
+            far.write(DATA)
+            theirs.shutdown(socket.SHUT_WR)
+            if isinstance(fault, (Trickle, NoSpace)):
+                assert load(stream) == snapshot
+            else:
+                with pytest.raises(DecodeError):
+                    load(stream)
+
     def test_a_stall_lasts_until_it_is_released(self) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            release = threading.Event()
+            release = Gate()
             stream = FaultyStream(ours.makefile("rwb", 0), Stall(100, release))
             theirs.sendall(DATA)
             found: list[Snapshot] = []
             thread = threading.Thread(target=lambda: found.append(load(stream)))
             thread.start()
+            assert release.reached.wait(60)
             assert not found
             release.set()
             thread.join()
             assert dumps(found[0]) == DATA
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        (call_faults, {"max_at": 0}),
+        (call_faults, {"max_at": None}),
+        (stream_faults, {"max_bytes": -1}),
+    ],
+)
+def test_bad_bounds_are_refused(strategy: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match=next(iter(options))):
+        strategy(**options)
+
+
+def test_calls_fail_as_promised_and_otherwise() -> None:
+    for kind in (OSError, RestoreError):
+        find(call_faults(), lambda f: f.method == "restore" and isinstance(f.error, kind))  # noqa: B023
 
 
 class TestFullDisk:

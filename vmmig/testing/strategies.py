@@ -46,8 +46,8 @@ def snapshots(
     >>> find(snapshots(max_nodes=5), lambda snapshot: snapshot.snapshot_data)
     Snapshot('', snapshot_data: ['': 0 bytes])
     """
-    _check_bound("max_nodes", max_nodes, 1)
-    _check_bound("max_section_bytes", max_section_bytes, 0)
+    check_bound("max_nodes", max_nodes, 1)
+    check_bound("max_section_bytes", max_section_bytes, 0)
     ids = _ids() if ids is None else ids
     sections = st.dictionaries(ids, _payloads(0, max_section_bytes), max_size=3)
     below = st.tuples(st.integers(0, 7), ids, sections)
@@ -82,8 +82,8 @@ def snapshot_data_sections(
     >>> find(snapshot_data_sections(min_bytes=2), lambda section: True)
     SnapshotDataSection('', 2 bytes: 00 00)
     """
-    _check_bound("min_bytes", min_bytes, 0)
-    _check_bound("max_bytes", max_bytes, min_bytes)
+    check_bound("min_bytes", min_bytes, 0)
+    check_bound("max_bytes", max_bytes, min_bytes)
     return st.builds(
         SnapshotDataSection, _ids() if ids is None else ids, _payloads(min_bytes, max_bytes)
     )
@@ -106,9 +106,9 @@ def memory_ranges(
     >>> find(memory_ranges(page_bytes=4096), lambda each: each.length > 5000)
     MemoryRange(gpa=0, length=8192)
     """
-    _check_bound("page_bytes", page_bytes, 1)
-    _check_bound("max_length", max_length, 0)
-    _check_bound("max_gpa", max_gpa, 0)
+    check_bound("page_bytes", page_bytes, 1)
+    check_bound("max_length", max_length, 0)
+    check_bound("max_gpa", max_gpa, 0)
     if max_gpa > _MAX_64:
         raise InvalidArgument(f"max_gpa={max_gpa} is not within 64 bits")
     pages = (max_gpa + 1) // page_bytes
@@ -143,7 +143,7 @@ def memory_range_tables(
     >>> find(memory_range_tables(), lambda table: table.total_bytes > 0)
     MemoryRangeTable(ranges=(MemoryRange(gpa=0, length=4096),))
     """
-    _check_bound("max_ranges", max_ranges, 0)
+    check_bound("max_ranges", max_ranges, 0)
     ranges = memory_ranges(max_gpa=max_gpa, max_length=64 * page_bytes, page_bytes=page_bytes)
     return st.builds(MemoryRangeTable, st.lists(ranges, max_size=max_ranges))
 
@@ -161,7 +161,7 @@ def component_trees(*, max_components: int = 8) -> st.SearchStrategy[Composite]:
     >>> [*find(component_trees(), lambda machine: machine.components).components]
     ['']
     """
-    _check_bound("max_components", max_components, 0)
+    check_bound("max_components", max_components, 0)
 
     @st.composite
     def machines(draw: st.DrawFn) -> Composite:
@@ -319,7 +319,11 @@ def _node(id: str, sections: dict[str, Any]) -> Snapshot:
     return snapshot
 
 
-def _check_bound(name: str, value: object, minimum: int) -> None:
+def check_bound(name: str, value: object, minimum: int) -> None:
+    """Raise InvalidArgument unless ``value`` is an int that reaches ``minimum``.
+
+    >>> check_bound("max_nodes", 1, 1)
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidArgument(f"{name}={value!r} is not an int")
     if value < minimum:
