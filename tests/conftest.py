@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # A project of its own, with its own tests: test_downstream.py runs them.
 collect_ignore = ["downstream"]
 
-# Nothing here is about time: a slow moment of the machine is no failure.
+# Nothing here is about time: a slow moment of the machine is no failure. To explain a failure
+# takes hypothesis many times as long as to shrink it, and many tests here make it find one.
 settings.register_profile(
     "vmmig",
+    phases=[phase for phase in Phase if phase is not Phase.explain],
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -12,11 +13,13 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
-from vmmig.codec import dumps, loads
+from vmmig.codec import dumps, load, loads
+from vmmig.composite import Composite
 from vmmig.errors import DecodeError
 from vmmig.memory import MemoryRange, MemoryRangeTable
 from vmmig.snapshot import Snapshot, SnapshotDataSection, flatten
 from vmmig.testing import strategies
+from vmmig.testing.components import Counter
 from vmmig.testing.registration import register
 from vmmig.traits import Migratable
 from vmmig.verify import verify
@@ -36,6 +39,8 @@ def same_id_under_two_parents(snapshot: Snapshot) -> bool:
     return len(ids) > len({*ids})
 
 
+GENERATE = settings(phases=[Phase.generate], max_examples=5000)
+
 NASTY: dict[str, Callable[[Snapshot], object]] = {
     "an empty id": lambda s: "" in s.snapshots,
     "a path for an id": lambda s: "../../x" in s.snapshots,
@@ -53,8 +58,20 @@ NASTY: dict[str, Callable[[Snapshot], object]] = {
 
 @pytest.mark.parametrize("case", NASTY)
 def test_what_is_nasty_comes_up(case: str) -> None:
-    quickly = settings(phases=[Phase.generate], max_examples=2000)
-    assert find(strategies.snapshots(), NASTY[case], settings=quickly)
+    assert find(strategies.snapshots(), NASTY[case], settings=GENERATE)
+
+
+@given(strategies.snapshots(ids=st.sampled_from(["cpu", "disk"])))
+def test_all_ids_are_those_given(snapshot: Snapshot) -> None:
+    columns = flatten(snapshot)
+    assert {*columns.ids, *columns.section_ids} <= {"cpu", "disk"}
+
+
+def test_trees_of_given_ids_are_deep_and_wide_too() -> None:
+    one, many = st.just("cpu"), st.integers(0, 999).map(str)
+    assert find(strategies.snapshots(ids=one), lambda s: depth(s) > 100, settings=GENERATE)
+    wide = find(strategies.snapshots(ids=many), lambda s: len(s.snapshots) > 15, settings=GENERATE)
+    assert all(id.isdigit() for id in wide.snapshots)
 
 
 def test_large_sections_come_up_where_they_may() -> None:
@@ -129,7 +146,7 @@ def test_ranges_keep_their_bounds(each: MemoryRange) -> None:
 
 
 def test_ranges_reach_the_ends_of_64_bits() -> None:
-    assert find(strategies.memory_ranges(), lambda r: r.end == 1 << 64 and r.length == 1)
+    assert find(strategies.memory_ranges(), lambda r: r.end == 1 << 64 and r.length)
 
 
 def test_tables_may_overlap() -> None:
@@ -139,11 +156,24 @@ def test_tables_may_overlap() -> None:
     )
 
 
+def counters(machine: Composite) -> Iterator[Counter]:
+    for part in machine.components.values():
+        if isinstance(part, Counter):
+            yield part
+        else:
+            assert isinstance(part, Composite)
+            yield from counters(part)
+
+
 @given(strategies.component_trees(max_components=5))
 def test_component_trees_are_migratable(machine: Any) -> None:
     assert verify(machine, Migratable, defaults="error") == ()
     machine.pause()
     saved = machine.snapshot()
+    parts = [*counters(machine)]
+    for part in parts:
+        part.add(1)
+    assert (dumps(machine.snapshot()) != dumps(saved)) == bool(parts)
     machine.restore(loads(dumps(saved)))
     assert dumps(machine.snapshot()) == dumps(saved)
     assert len(flatten(saved).ids) <= 6
@@ -156,6 +186,10 @@ def test_component_trees_nest() -> None:
     )
 
 
+def test_counters_in_a_tree_differ_in_value() -> None:
+    find(strategies.component_trees(), lambda m: len({c.value for c in counters(m)}) == 3)
+
+
 @settings(max_examples=300)
 @given(strategies.corrupted_containers())
 def test_corrupted_containers_are_refused(data: bytes) -> None:
@@ -165,6 +199,45 @@ def test_corrupted_containers_are_refused(data: bytes) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * len(data) + (1 << 20)
+
+
+@given(strategies.corrupted_containers())
+def test_a_stream_is_refused_too_or_holds_more_than_one_container(data: bytes) -> None:
+    try:
+        snapshot = load(io.BytesIO(data))
+    except DecodeError:
+        return
+    assert data.startswith(dumps(snapshot))
+    assert data != dumps(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("header", "it is empty"),
+        ("header", "truncated"),
+        ("header", "no vmmig container begins like this"),
+        ("header", "its checksum does not match"),
+        ("header", "a newer vmmig is needed"),
+        ("header", "larger than the container"),
+        ("index", "its checksum does not match"),
+        ("index", "its columns disagree"),
+        ("index", "its sections make"),
+        ("index", "exceeds max_array_len"),
+        ("index", "exceeds max_map_len"),
+        ("byte", "bytes are missing"),
+        ("byte", "stand behind"),
+        ("table of checksums", "its checksum does not match"),
+        ("$", "damaged: the checksum of its"),
+    ],
+)
+def test_damage_reaches_every_check_of_the_decoder(where: str, text: str) -> None:
+    def refused_so(data: bytes) -> bool:
+        with pytest.raises(DecodeError) as info:
+            loads(data)
+        return (info.value.where or "").startswith(where) and text in str(info.value.cause)
+
+    assert find(strategies.corrupted_containers(), refused_so, settings=GENERATE) is not None
 
 
 @attrs.define
@@ -182,6 +255,15 @@ def test_from_type_knows_the_classes() -> None:
     assert game.machine == Snapshot("")
     assert find(st.from_type(Snapshot), lambda s: depth(s) == 2).id == ""
     assert settings.get_profile("vmmig-ci").max_examples == 1000
+
+
+def test_registering_loads_no_more_than_the_classes() -> None:
+    code = (
+        "import sys; from vmmig.testing.registration import register; register(); "
+        "print({'cattrs', 'msgpack', 'vmmig.testing.strategies'} & {*sys.modules})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
 
 
 def test_hypothesis_finds_them_by_itself() -> None:

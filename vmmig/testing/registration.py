@@ -23,12 +23,13 @@ def register() -> None:
     from vmmig.snapshot import Snapshot, SnapshotDataSection
 
     def lazily(name: str) -> Any:
-        def strategy() -> Any:
+        # A function: of a strategy, hypothesis may look into what it is made of right away.
+        def strategy(_: type) -> Any:
             from vmmig.testing import strategies
 
             return getattr(strategies, name)()
 
-        return st.deferred(strategy)
+        return strategy
 
     st.register_type_strategy(Snapshot, lazily("snapshots"))
     st.register_type_strategy(SnapshotDataSection, lazily("snapshot_data_sections"))

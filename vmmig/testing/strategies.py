@@ -7,7 +7,8 @@ that make it fail are left.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice, product
 from typing import Any
 
 from hypothesis import strategies as st
@@ -48,7 +49,12 @@ def snapshots(
     """
     check_bound("max_nodes", max_nodes, 1)
     check_bound("max_section_bytes", max_section_bytes, 0)
-    ids = _ids() if ids is None else ids
+    most = max(20, max_nodes - 13)
+    names: st.SearchStrategy[Sequence[object]] = st.just(range(most))
+    if ids is None:
+        ids = _ids()
+    else:
+        names = st.lists(ids, unique=True, min_size=1, max_size=most)
     sections = st.dictionaries(ids, _payloads(0, max_section_bytes), max_size=3)
     below = st.tuples(st.integers(0, 7), ids, sections)
     shapes = ["few", "few", "few", "deep", "wide"] if max_nodes >= 40 else ["few"]
@@ -58,7 +64,8 @@ def snapshots(
         sections,
         st.lists(below, max_size=min(max_nodes - 1, 12)),
         st.sampled_from(shapes),
-        st.integers(20, max(20, max_nodes - 13)),
+        st.integers(20, most),
+        names,
     )
 
 
@@ -149,7 +156,9 @@ def memory_range_tables(
 
 
 def component_trees(*, max_components: int = 8) -> st.SearchStrategy[Composite]:
-    """Machines: composites of `Counter` components and of composites, with dependencies.
+    """Machines that were never paused: composites of `Counter` components and of composites.
+
+    The counters have any values, and now and then one part depends on another.
 
     Args:
         max_components: The most components below the root.
@@ -167,6 +176,11 @@ def component_trees(*, max_components: int = 8) -> st.SearchStrategy[Composite]:
     def machines(draw: st.DrawFn) -> Composite:
         left = max_components
 
+        def counter(name: str) -> Counter:
+            part = Counter(name)
+            part.add(draw(st.integers(-9, 9)))
+            return part
+
         def composite(name: str, depth: int) -> Composite:
             nonlocal left
             parts: dict[str, Any] = {}
@@ -177,7 +191,7 @@ def component_trees(*, max_components: int = 8) -> st.SearchStrategy[Composite]:
                     break
                 left -= 1
                 nested = depth < 3 and draw(st.integers(0, 3)) == 3
-                parts[id] = composite(id, depth + 1) if nested else Counter(id)
+                parts[id] = composite(id, depth + 1) if nested else counter(id)
                 others = [other for other in parts if other != id]
                 needs[id] = draw(st.lists(st.sampled_from(others), max_size=1)) if others else []
             return Composite(name, parts.values(), depends_on=needs)
@@ -190,7 +204,11 @@ def component_trees(*, max_components: int = 8) -> st.SearchStrategy[Composite]:
 def corrupted_containers(
     *, of: st.SearchStrategy[Snapshot] | None = None
 ) -> st.SearchStrategy[bytes]:
-    """The bytes of a container, damaged so that every decoder must refuse them.
+    """The bytes of a container, damaged so that `vmmig.loads` must raise a DecodeError.
+
+    Among them are truncations, flipped bits, bytes that were added, zeroed, swapped or repeated,
+    and, with every checksum right, headers and indexes that lie, and bombs. `vmmig.load` refuses
+    them too, except that it may leave bytes which were added at the end in the stream.
 
     Args:
         of: The snapshots whose containers are damaged.
@@ -238,6 +256,12 @@ def _swapped(data: bytes, at: int, length: int) -> bytes:
     return data[:at] + data[middle:end] + data[at:middle] + data[end:]
 
 
+def _repeated(data: bytes, at: int, length: int) -> bytes:
+    length = 1 + length % 64
+    at %= len(data)
+    return data[: at + length] + data[at:]
+
+
 def _lying_header(data: bytes, field: int, value: int) -> bytes:
     """One number of the header is another, and the header's checksum is right."""
     offset, code = [(8, "<H"), (10, "<H"), (12, "<I"), (16, "<Q"), (24, "<Q"), (32, "<Q")][
@@ -251,21 +275,56 @@ def _lying_header(data: bytes, field: int, value: int) -> bytes:
     return _sealed(header) + data[HEADER_BYTES:]
 
 
+def _lying_index(data: bytes, at: int, bit: int) -> bytes:
+    """The index counts wrong: children of a node, sections of a node, or bytes of a section."""
+    (index_bytes,) = struct.unpack_from("<Q", data, 16)
+    end = HEADER_BYTES + index_bytes
+    index = bytearray(data[HEADER_BYTES:end])
+    counts = [*_columns(index)]
+    index[counts[at % len(counts)]] ^= 1 << bit % 8
+    return _with_index(data, bytes(index), data[end:])
+
+
+def _columns(index: bytearray) -> Iterator[int]:
+    """Where the bytes of the index's three columns of numbers are."""
+    start = 1 + {0xDC: 2, 0xDD: 4}.get(index[0], 0)
+    for _ in range(3):
+        size_bytes = {0xC4: 1, 0xC5: 2, 0xC6: 4}[index[start]]
+        start += 1 + size_bytes
+        end = start + int.from_bytes(index[start - size_bytes : start], "big")
+        yield from range(start, end)
+        start = end
+
+
 def _bomb(data: bytes, kind: int, length: int) -> bytes:
-    """An index of nested arrays or maps that claim to be large, with all checksums right."""
+    """An index of nested arrays or maps that claim to be large."""
     head = [b"\xdc\xff\xff", b"\xdd\x00\xff\xff\xff", b"\xde\xff\xff", b"\x94"][kind % 4]
-    index = b"\x94" + head * (1 + length % 1000)
+    return _with_index(data, b"\x94" + head * (1 + length % 1000), b"")
+
+
+def _with_index(data: bytes, index: bytes, rest: bytes) -> bytes:
+    """The container with another index, and a header that is right about it."""
     header = bytearray(data[: HEADER_BYTES - 8])
-    total = HEADER_BYTES + len(index)
+    total = HEADER_BYTES + len(index) + len(rest)
     struct.pack_into("<QQQ", header, 16, len(index), total, xxh3_64_intdigest(index))
-    return _sealed(header) + index
+    return _sealed(header) + index + rest
 
 
 def _sealed(header: bytearray) -> bytes:
     return bytes(header) + struct.pack("<Q", xxh3_64_intdigest(bytes(header)))
 
 
-_DAMAGES = [_truncated, _flipped, _lengthened, _zeroed, _swapped, _lying_header, _bomb]
+_DAMAGES = [
+    _truncated,
+    _flipped,
+    _lengthened,
+    _zeroed,
+    _swapped,
+    _repeated,
+    _lying_header,
+    _lying_index,
+    _bomb,
+]
 
 
 def _ids() -> st.SearchStrategy[str]:
@@ -275,14 +334,14 @@ def _ids() -> st.SearchStrategy[str]:
 def _payloads(min_bytes: int, max_bytes: int) -> st.SearchStrategy[Any]:
     data = st.binary(min_size=min_bytes, max_size=min(max_bytes, max(min_bytes, 100)))
     sizes = [size for size in _NASTY_SIZES if min_bytes <= size <= max_bytes]
-    if sizes:
-        data = st.builds(
-            lambda small, size: bytes(size) if size else small,
-            data,
-            st.sampled_from([0, 0, 0, *sizes]),
-        )
-    kinds = st.sampled_from([bytes, bytes, bytes, bytearray, memoryview])
-    return st.builds(lambda payload, kind: kind(payload), data, kinds)
+    kinds = [bytes, bytes, bytes, bytearray, memoryview]
+    # One choice for both: of an entry of few choices, shrinking gets rid in one step.
+    forms = [*product([0, 0, 0, *sizes] if sizes else [0], kinds)]
+    return st.builds(
+        lambda payload, form: form[1](bytes(form[0]) if form[0] else payload),
+        data,
+        st.sampled_from(forms),
+    )
 
 
 def _tree(
@@ -291,18 +350,22 @@ def _tree(
     below: list[tuple[int, str, dict[str, Any]]],
     shape: str,
     size: int,
+    names: Sequence[object],
 ) -> Snapshot:
-    """A tree of a root and the nodes ``below``, each under one that came before it."""
-    depth = size if shape == "deep" else 0
-    width = size if shape == "wide" else 0
-    root = _node(id, sections)
-    at = root
-    for i in range(depth):
-        child = Snapshot(str(i))
-        at.add_snapshot(child)
-        at = child
-    for i in range(width):
-        root.add_snapshot(Snapshot(str(i)))
+    """A tree of a root and the nodes ``below``, each under one that came before it.
+
+    A ``deep`` or ``wide`` tree has ``size`` more nodes, called by ``names``: deep down the names
+    repeat where there are fewer of them; side by side they cannot.
+    """
+    root = at = _node(id, sections)
+    if shape == "deep":
+        for name in islice(cycle(names), size):
+            child = Snapshot(str(name))
+            at.add_snapshot(child)
+            at = child
+    elif shape == "wide":
+        for name in names[:size]:
+            root.add_snapshot(Snapshot(str(name)))
     nodes = [at]
     for parent, name, own in below:
         place = nodes[parent % len(nodes)]
