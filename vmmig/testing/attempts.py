@@ -150,6 +150,13 @@ class Attempt:
         actor.resume()
         return actor
 
+    def paused(self, name: str, calls: list[Call]) -> Actor:
+        """A new component that ran, did these calls, and is paused."""
+        actor = self.started(name)
+        actor.do_all(calls)
+        actor.pause()
+        return actor
+
     def fail(self, what: str) -> NoReturn:
         raise BrokenLawError(self.law, what, self.script)
 

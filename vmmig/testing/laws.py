@@ -118,9 +118,7 @@ def _structure(run: Attempt, *_: Any) -> None:
 
 @_law("a snapshot changes nothing")
 def _snapshot_changes_nothing(run: Attempt, first: list[Call], *_: Any) -> None:
-    one = run.started("component")
-    one.do_all(first)
-    one.pause()
+    one = run.paused("component", first)
     before = one.look()
     with watched(one.component, "resume") as resumed:
         one.snapshot()
@@ -131,9 +129,7 @@ def _snapshot_changes_nothing(run: Attempt, first: list[Call], *_: Any) -> None:
 
 @_law("equal states give equal bytes")
 def _equal_bytes(run: Attempt, first: list[Call], *_: Any) -> None:
-    one = run.started("component")
-    one.do_all(first)
-    one.pause()
+    one = run.paused("component", first)
     saved = dumps(one.snapshot())
     again = dumps(one.snapshot("again"))
     run.same_bytes(saved, again, "two snapshots of the same state differ")
@@ -143,9 +139,7 @@ def _equal_bytes(run: Attempt, first: list[Call], *_: Any) -> None:
 def _snapshot_is_a_value(
     run: Attempt, first: list[Call], later: list[Call], other: list[Call], *_: Any
 ) -> None:
-    one = run.started("component")
-    one.do_all(first)
-    one.pause()
+    one = run.paused("component", first)
     saved = one.snapshot()
     data = dumps(saved)
     one.resume()
@@ -181,9 +175,7 @@ def _snapshot_is_a_value(
 def _restore_gives_the_same(
     run: Attempt, first: list[Call], later: list[Call], other: list[Call], *_: Any
 ) -> None:
-    one = run.started("component")
-    one.do_all(first)
-    one.pause()
+    one = run.paused("component", first)
     saved = one.snapshot()
     seen = one.look()
     for kind in ("fresh", "used"):
@@ -217,9 +209,7 @@ def _differential(
     run: Attempt, first: list[Call], later: list[Call], other: list[Call], *_: Any
 ) -> None:
     with standing_time() as pass_time:
-        one = run.started("component")
-        one.do_all(first)
-        one.pause()
+        one = run.paused("component", first)
         saved = one.snapshot()
         fresh, used = run.new("fresh"), run.started("used")
         used.do_all(other)
@@ -310,9 +300,7 @@ def _time(run: Attempt, first: list[Call], later: list[Call], *_: Any) -> None:
 def _damaged(
     run: Attempt, first: list[Call], _: list[Call], other: list[Call], data: st.DataObject
 ) -> None:
-    one = run.started("component")
-    one.do_all(first)
-    one.pause()
+    one = run.paused("component", first)
     saved = one.snapshot()
     if not saved.snapshots and not saved.snapshot_data:
         return
@@ -351,9 +339,7 @@ def _takes(actor: Actor, damaged: Snapshot, how: str) -> bool:
 
 @_law("what restore does not know is refused or kept", effort=0.1)
 def _unknown(run: Attempt, first: list[Call], *_: Any) -> None:
-    one = run.started("component")
-    one.do_all(first)
-    one.pause()
+    one = run.paused("component", first)
     for kind in ("section", "child"):
         newer = copy.deepcopy(one.snapshot())
         if kind == "section":
@@ -381,9 +367,7 @@ def _unknown(run: Attempt, first: list[Call], *_: Any) -> None:
 
 @_law("a snapshot survives being encoded and decoded")
 def _encoded(run: Attempt, first: list[Call], *_: Any) -> None:
-    one = run.started("component")
-    one.do_all(first)
-    one.pause()
+    one = run.paused("component", first)
     saved = one.snapshot()
     seen = one.look()
     for how, again in (
