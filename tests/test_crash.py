@@ -31,13 +31,14 @@ NEW = b"".join(PARTS)
 PROGRAM = """
 import os, sys
 from vmmig.errors import MigrateSendError
+from vmmig.transfer import Transfer
 from vmmig.transport import file
 
 parts = [bytes(range(256)) * (8 << 12), *[b"new"] * 1500]
 total_bytes = sum(map(len, parts))
 os.access("/vmmig-begin", os.F_OK)
 try:
-    file.send(parts, sys.argv[1], total_bytes=total_bytes)
+    file.send(parts, Transfer(sys.argv[1], MigrateSendError, total_bytes=total_bytes))
 except MigrateSendError as error:
     os.access("/vmmig-end", os.F_OK)
     print(error)

@@ -479,8 +479,8 @@ def test_chunks_beyond_those_announced_are_not_asked_for(tmp_path: Path) -> None
         (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
         (SystemExit(3), SystemExit, "3"),
         (SnapshotError("gone"), SnapshotError, "gone"),
-        (ValueError("odd"), MigrateSendError, r"the bytes to save cannot be had: ValueError\('odd"),
-        (OSError(errno.ENOENT, "no"), MigrateSendError, "the bytes to save cannot be had: FileNot"),
+        (ValueError("odd"), MigrateSendError, r"the bytes to send cannot be had: ValueError\('odd"),
+        (OSError(errno.ENOENT, "no"), MigrateSendError, "the bytes to send cannot be had: FileNot"),
     ],
 )
 def test_chunks_that_raise(
@@ -499,7 +499,7 @@ def test_chunks_that_raise(
 
 @pytest.mark.parametrize("chunk", [memoryview(b"abcd")[::2], "text", 5, None])
 def test_chunks_that_are_no_contiguous_bytes(tmp_path: Path, chunk: Any) -> None:
-    with pytest.raises(MigrateSendError, match="the bytes to save cannot be had"):
+    with pytest.raises(MigrateSendError, match="the bytes to send cannot be had"):
         transport.send([chunk], tmp_path / "vm", total_bytes=2)
     assert os.listdir(tmp_path) == []
 
@@ -572,8 +572,8 @@ def test_any_text_is_a_path_or_a_clear_error(url: str) -> None:
         ("file:///vm#cpu", "no query or fragment"),
         ("file://vm.vmsnap", "another host ('vm.vmsnap')"),
         ("file://server/vm", "three slashes"),
-        ("tcp:host:1", "no transport for 'tcp:', only for 'file:'; a file of this name is './tcp:"),
-        ("HTTP://host/vm", "no transport for 'http:'"),
+        ("pigeon:host:1", "no transport for 'pigeon:', only for "),
+        ("Pigeon:host:1", "a file of this name is './Pigeon:host:1'"),
         ("a:b", "'./a:b'"),
         ("C:x", "'./C:x'"),
         ("backup-12:30", "'./backup-12:30'"),

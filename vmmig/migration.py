@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vmmig import codec, transport
-from vmmig.codec import Limits
+from vmmig.codec import DEFAULT_LIMITS, Limits
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
 from vmmig.snapshot import Snapshot
+from vmmig.transfer import CancelToken, Options, Progress, shown_url
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-def send(snapshot: Snapshot, destination_url: str | os.PathLike[str]) -> None:
+def send(
+    snapshot: Snapshot,
+    destination_url: str | os.PathLike[str],
+    *,
+    progress: Callable[[Progress], object] | None = None,
+    cancel: CancelToken | None = None,
+    **options: Unpack[Options],
+) -> None:
     """Bring a snapshot to a URL, whole and durably, or not at all.
 
     Args:
         snapshot: What to send.
-        destination_url: A file, as a path or ``file:`` URL. A file that is there is replaced
-            in one step; until then, and after any failure, it is what it was.
+        destination_url: A file, as a path or ``file:`` URL, is replaced in one step. At
+            ``tcp:host:port`` and ``unix:/path``, somebody must `recv`, at once or within
+            ``timeout_s``. ``http:`` and ``https:`` PUT it. Every scheme of fsspec, ``s3:`` for
+            instance, is known where that is installed.
+        progress: Is called with a `Progress` at each stage, and about 20 times a second.
+        cancel: Ends it with an error, within 100 ms.
+        options: See `vmmig.transfer.Options`.
 
     Raises:
         MigrateSendError: The snapshot is not there; what was there before still is.
@@ -28,7 +46,14 @@ def send(snapshot: Snapshot, destination_url: str | os.PathLike[str]) -> None:
     """
     try:
         encoding = codec.encode(snapshot)
-        transport.send(encoding, destination_url, total_bytes=encoding.total_bytes)
+        transport.send(
+            encoding,
+            destination_url,
+            total_bytes=encoding.total_bytes,
+            progress=progress,
+            cancel=cancel,
+            **options,
+        )
     except MigrateSendError:
         raise
     except MigratableError as error:
@@ -36,7 +61,13 @@ def send(snapshot: Snapshot, destination_url: str | os.PathLike[str]) -> None:
 
 
 def recv(
-    source_url: str | os.PathLike[str], *, lazily: bool = False, limits: Limits | None = None
+    source_url: str | os.PathLike[str],
+    *,
+    lazily: bool = False,
+    limits: Limits | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    cancel: CancelToken | None = None,
+    **options: Unpack[Options],
 ) -> Snapshot:
     """Fetch a snapshot from a URL.
 
@@ -44,10 +75,15 @@ def recv(
     the file is replaced or removed.
 
     Args:
-        source_url: A file, as a path or ``file:`` URL.
-        lazily: Check a large section when it is first touched, not now. The tree and the small
-            sections are checked in any case.
+        source_url: What `send` knows; at ``tcp:host:port`` and ``unix:/path``, wait there for
+            one who sends, for ``timeout_s`` at most.
+        lazily: Check a large section when it is first touched, not now, and do not even fetch it
+            before, where the URL allows that. The tree and the small sections are checked in any
+            case.
         limits: What to refuse before memory is spent on it.
+        progress: Is called with a `Progress` at each stage, and about 20 times a second.
+        cancel: Ends it with an error, within 100 ms.
+        options: See `vmmig.transfer.Options`.
 
     Raises:
         MigrateReceiveError: There is no whole, undamaged snapshot there.
@@ -57,12 +93,18 @@ def recv(
     vmmig.errors.MigrateReceiveError: Failed to receive migratable component snapshot: ...
     """
     try:
-        data = transport.recv(source_url)
+        data = transport.recv(
+            source_url,
+            max_bytes=(limits or DEFAULT_LIMITS).max_bytes,
+            progress=progress,
+            cancel=cancel,
+            **options,
+        )
         return codec.loads(data, lazily=lazily, limits=limits)
     except MigrateReceiveError:
         raise
     except MigratableError as error:
-        raise MigrateReceiveError(f"{os.fspath(source_url)!r}: {error}") from error
+        raise MigrateReceiveError(f"{shown_url(source_url)!r}: {error}") from error
 
 
 class UrlTransport:

@@ -1,47 +1,104 @@
 """Bytes to and from a URL: one module for each scheme, loaded when it is first used.
 
-A transport never sees a `Snapshot`. Each module has `send` and `recv` as they are here.
+A transport never sees a `Snapshot`. Its module has the two functions of `Transport`.
 
 What begins like a URL - a letter, then letters, digits, ``+``, ``-`` or ``.``, then a colon - is
 one, whether its scheme is known or not; a file of such a name is called ``./tcp:x`` or
 ``Path("tcp:x")``. Every other text, and every `os.PathLike`, is a path and means the file there.
+
+Another package adds a scheme by an entry point of the group ``vmmig.transports``: its name is
+the scheme, and what it refers to is a `Transport`, for instance a module. What vmmig has itself
+cannot be replaced; what another package adds goes before what fsspec has.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, cast, overload
 
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
+from vmmig.transfer import SCHEME, CancelToken, Options, Progress, Transfer
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from typing_extensions import Buffer, Unpack
 
-    class _Transport(Protocol):
-        def send(
-            self, chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: int
-        ) -> None: ...
 
-        def recv(self, url: str | os.PathLike[str]) -> memoryview: ...
+class RangeReader(Protocol):
+    """Bytes of which any part can be fetched, whenever it is needed.
+
+    Attributes:
+        total_bytes: How many there are.
+    """
+
+    total_bytes: int
+
+    def read_into(self, start: int, view: memoryview, /) -> None:
+        """Fill ``view`` with the bytes from ``start`` on.
+
+        Raises:
+            MigrateReceiveError: They could not be had.
+        """
+
+
+class Transport(Protocol):
+    """What serves a scheme.
+
+    Attributes:
+        OPTIONS: The names of the `vmmig.transfer.Options` it takes; it has this attribute only
+            if there are any.
+        HANDS_OVER: True where ``transfer.attached`` travels as descriptors, beside the chunks;
+            else it has no such attribute.
+    """
+
+    def send(self, chunks: Iterable[Buffer], transfer: Transfer, /) -> None:
+        """Bring ``chunks`` to ``transfer.url``; on return they are there to stay.
+
+        Every failure is raised as a `MigrateSendError`, by ``transfer.failure``, and leaves
+        there what was there before. ``transfer.views`` checks the chunks on the way;
+        ``transfer.advance`` is told how many bytes are through, and raises when it is cancelled.
+        """
+
+    def recv(self, transfer: Transfer, /) -> memoryview | RangeReader:
+        """The bytes at ``transfer.url``, or, if ``transfer.lazily``, what reads parts of them.
+
+        Every failure is raised as a `MigrateReceiveError`, by ``transfer.failure``; more than
+        ``transfer.max_bytes`` are refused before memory is spent on them.
+        """
 
 
 _MODULES = {
     "file": "vmmig.transport.file",
+    "http": "vmmig.transport.http",
+    "https": "vmmig.transport.http",
+    "tcp": "vmmig.transport.stream",
+    "unix": "vmmig.transport.stream",
 }
 
-_SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*):"
+_FSSPEC_MODULE = "vmmig.transport.object_store"
 
 
-def send(chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: int) -> None:
+def send(
+    chunks: Iterable[Buffer],
+    url: str | os.PathLike[str],
+    *,
+    total_bytes: int,
+    attached: Sequence[memoryview] = (),
+    progress: Callable[[Progress], object] | None = None,
+    cancel: CancelToken | None = None,
+    **options: Unpack[Options],
+) -> None:
     """Bring ``chunks``, one behind the other, to ``url``; on return they are there to stay.
 
     Args:
         chunks: Contiguous bytes-like objects. What they show must not change before the return.
         url: Where to; a path means a file.
         total_bytes: The sum of the chunks' sizes.
+        attached: Sealed shared memory that travels as descriptors, where `hands_over`.
+        progress: Is told how far it is.
+        cancel: Stops it.
+        options: See `vmmig.transfer.Options`.
 
     Raises:
         MigrateSendError: They are not there; what was there before still is. A MigratableError
@@ -53,11 +110,67 @@ def send(chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: 
     ...     bytes(recv(f"{folder}/vm.vmsnap"))
     b'two chunks'
     """
-    _transport(url, MigrateSendError).send(chunks, url, total_bytes=total_bytes)
+    transfer = Transfer(
+        url,
+        MigrateSendError,
+        total_bytes=total_bytes,
+        progress=progress,
+        cancel=cancel,
+        options=options,
+    )
+    transport = _transport(transfer)
+    transfer.attached += attached
+    transfer.enter("connecting")
+    transport.send(chunks, transfer)
+    transfer.finish()
 
 
-def recv(url: str | os.PathLike[str]) -> memoryview:
+@overload
+def recv(
+    url: str | os.PathLike[str],
+    *,
+    lazily: Literal[False] = False,
+    max_bytes: int = ...,
+    attached: list[memoryview] | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    cancel: CancelToken | None = None,
+    **options: Unpack[Options],
+) -> memoryview: ...
+
+
+@overload
+def recv(
+    url: str | os.PathLike[str],
+    *,
+    lazily: bool,
+    max_bytes: int = ...,
+    attached: list[memoryview] | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    cancel: CancelToken | None = None,
+    **options: Unpack[Options],
+) -> memoryview | RangeReader: ...
+
+
+def recv(
+    url: str | os.PathLike[str],
+    *,
+    lazily: bool = False,
+    max_bytes: int = (1 << 63) - 1,
+    attached: list[memoryview] | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    cancel: CancelToken | None = None,
+    **options: Unpack[Options],
+) -> memoryview | RangeReader:
     """All the bytes at ``url``, read-only; those of a file are mapped, not copied.
+
+    Args:
+        url: Where from; a path means a file.
+        lazily: Where parts can be fetched by themselves, get a `RangeReader`.
+        max_bytes: Refuse more.
+        attached: Is given what came as descriptors beside the bytes.
+        progress: Is told how far it is.
+        cancel: Stops it, and later reads of a `RangeReader`.
+        options: See `vmmig.transfer.Options`.
 
     Raises:
         MigrateReceiveError: They could not be had.
@@ -65,19 +178,83 @@ def recv(url: str | os.PathLike[str]) -> memoryview:
     >>> recv("carrier-pigeon:vm")
     Traceback (most recent call last):
     vmmig.errors.MigrateReceiveError: Failed to receive migratable component snapshot: \
-'carrier-pigeon:vm': there is no transport for 'carrier-pigeon:', only for 'file:'; \
+'carrier-pigeon:vm': there is no transport for 'carrier-pigeon:', only for 'file:', ...; \
 a file of this name is './carrier-pigeon:vm'
     """
-    return _transport(url, MigrateReceiveError).recv(url)
+    transfer = Transfer(
+        url,
+        MigrateReceiveError,
+        max_bytes=max_bytes,
+        lazily=lazily,
+        progress=progress,
+        cancel=cancel,
+        options=options,
+    )
+    transport = _transport(transfer)
+    transfer.enter("connecting")
+    data = transport.recv(transfer)
+    if attached is not None:
+        attached += transfer.attached
+    elif transfer.attached:
+        raise transfer.failure("it came with descriptors, which are not expected here")
+    transfer.finish()
+    return data
 
 
-def _transport(url: object, error: type[MigratableError]) -> _Transport:
-    match = re.match(_SCHEME, url) if isinstance(url, str) else None
+def hands_over(url: str | os.PathLike[str]) -> bool:
+    """Whether sealed shared memory can be sent there as descriptors.
+
+    >>> hands_over("unix:/run/vm.sock"), hands_over("vm.vmsnap")
+    (True, False)
+    """
+    return getattr(_transport(Transfer(url, MigrateSendError)), "HANDS_OVER", False)
+
+
+def _transport(transfer: Transfer) -> Transport:
+    match = SCHEME.match(transfer.url) if isinstance(transfer.url, str) else None
     scheme = match[1].lower() if match else "file"
-    if scheme not in _MODULES:
-        known = ", ".join(f"'{name}:'" for name in sorted(_MODULES))
-        raise error(
-            f"{url!r}: there is no transport for '{scheme}:', only for {known}; "
-            f"a file of this name is {f'./{url}'!r}"
-        )
-    return cast("_Transport", importlib.import_module(_MODULES[scheme]))
+    transport = _of_scheme(scheme, transfer)
+    taken: frozenset[str] = getattr(transport, "OPTIONS", frozenset())
+    for name in transfer.options:
+        if name not in taken:
+            ours = ", ".join(f"{option!r}" for option in sorted(taken)) or "none"
+            raise transfer.failure(f"'{scheme}:' takes no option {name!r}, of options: {ours}")
+    return transport
+
+
+def _of_scheme(scheme: str, transfer: Transfer) -> Transport:
+    if scheme in _MODULES:
+        return _loaded(_MODULES[scheme], transfer)
+    from importlib.metadata import entry_points
+
+    foreign = entry_points(group="vmmig.transports")
+    for entry in foreign:
+        if entry.name.lower() == scheme:
+            try:
+                return cast(Transport, entry.load())
+            except Exception as error:
+                raise transfer.failure(
+                    f"the transport for '{scheme}:', {entry.value}, cannot be loaded: {error!r}"
+                ) from error
+    try:
+        from fsspec import available_protocols
+    except ImportError:
+        stores: list[str] = []
+        hint = "; pip install 'vmmig[s3]' adds 's3:' and every scheme of fsspec"
+    else:
+        stores, hint = available_protocols(), ""
+    if scheme in stores:
+        return _loaded(_FSSPEC_MODULE, transfer)
+    known = sorted({*_MODULES, *(entry.name for entry in foreign), *stores})
+    raise transfer.failure(
+        f"there is no transport for '{scheme}:', only for "
+        f"{', '.join(f'{name!r}' for name in [f'{name}:' for name in known])}{hint}; "
+        f"a file of this name is {f'./{transfer.shown_url}'!r}"
+    )
+
+
+def _loaded(module: str, transfer: Transfer) -> Transport:
+    try:
+        return cast(Transport, importlib.import_module(module))
+    except MigratableError as error:
+        raise transfer.failure(error) from error

@@ -14,12 +14,12 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pickle import PickleBuffer
 from typing import TYPE_CHECKING
 
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
+from vmmig.transfer import Transfer, flat_view
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -45,7 +45,7 @@ _ADVICE = {
 }
 
 
-def send(chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: int) -> None:
+def send(chunks: Iterable[Buffer], transfer: Transfer) -> None:
     """Write ``chunks`` to a file, durably and at once: see `vmmig.transport.send`.
 
     The file's mode is 0600. One that is replaced must be a regular, writable file; where ``url``
@@ -58,17 +58,17 @@ def send(chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: 
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     send([b"abc"], f"{folder}/vm.vmsnap", total_bytes=3)
-    ...     send([b"defg"], f"{folder}/vm.vmsnap", total_bytes=5)
+    ...     to = Transfer(f"{folder}/vm.vmsnap", MigrateSendError, total_bytes=5)
+    ...     send([b"defg"], to)
     Traceback (most recent call last):
     vmmig.errors.MigrateSendError: ...vm.vmsnap': 4 bytes came where 5 were announced...
     """
-    path = path_of(url, MigrateSendError)
+    path = path_of(transfer.url, MigrateSendError)
     try:
         folder_path, name = _destination(path)
         folder = os.open(folder_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _replace(folder, name, _checked(chunks, path, total_bytes))
+            _replace(folder, name, chunks, transfer)
             try:
                 os.fsync(folder)
             except OSError as error:
@@ -82,7 +82,7 @@ def send(chunks: Iterable[Buffer], url: str | os.PathLike[str], *, total_bytes: 
         raise MigrateSendError(_explained(error, path)) from error
 
 
-def recv(url: str | os.PathLike[str]) -> memoryview:
+def recv(transfer: Transfer) -> memoryview:
     """The bytes of a regular file, mapped read-only; a page is read when it is first touched.
 
     The view outlives the file: one that is replaced or deleted meanwhile, as `send` does it,
@@ -94,16 +94,23 @@ def recv(url: str | os.PathLike[str]) -> memoryview:
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile() as file:
-    ...     file.write(b"abc"), file.flush(), bytes(recv(file.name))
-    (3, None, b'abc')
+    ...     file.write(b"abc"), file.flush()
+    ...     bytes(recv(Transfer(file.name, MigrateReceiveError)))
+    (3, None)
+    b'abc'
     """
-    path = path_of(url, MigrateReceiveError)
+    path = path_of(transfer.url, MigrateReceiveError)
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
             status = os.fstat(fd)
             _refuse_irregular(path, status, MigrateReceiveError)
+            if status.st_size > transfer.max_bytes:
+                raise transfer.failure(
+                    f"it has {status.st_size} bytes, of {transfer.max_bytes} allowed"
+                )
+            transfer.total_bytes = transfer.done_bytes = status.st_size
             if not status.st_size:
                 return memoryview(b"")
             return memoryview(mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ))
@@ -115,13 +122,14 @@ def recv(url: str | os.PathLike[str]) -> memoryview:
         raise MigrateReceiveError(f"{path!r}: it shrank while it was opened; try again") from error
 
 
-def write_chunks(fd: int, chunks: Iterable[Buffer]) -> int:
+def write_chunks(fd: int, chunks: Iterable[Buffer], advance: Callable[[int], object] = int) -> int:
     """Write ``chunks``, one behind the other, in large writes; many small ones take one call.
 
     Args:
         fd: A blocking descriptor: of a file at its start, a pipe, a socket.
         chunks: Contiguous bytes-like objects; memoryviews in C order, of a native format. What
             they show must not change before the return.
+        advance: Is told how many bytes are written, batch by batch.
 
     Returns:
         How many bytes were written: all there were.
@@ -137,8 +145,10 @@ def write_chunks(fd: int, chunks: Iterable[Buffer]) -> int:
     """
     written_bytes = started_bytes = 0
     for batch in _batches(chunks):
-        written_bytes += sum(map(len, batch))
+        batch_bytes = sum(map(len, batch))
+        written_bytes += batch_bytes
         _write_all(fd, batch)
+        advance(batch_bytes)
         behind_bytes = written_bytes - started_bytes
         if behind_bytes >= _WRITE_BYTES:
             # Starts to bring the dirty pages to the disk while more are written, so that fsync
@@ -230,7 +240,7 @@ def _refuse_irregular(path: str, status: os.stat_result, error: type[MigratableE
         raise error(f"{path!r}: it is a device, a pipe or a socket; name a regular file")
 
 
-def _replace(folder: int, name: str, views: Iterable[memoryview]) -> None:
+def _replace(folder: int, name: str, chunks: Iterable[Buffer], transfer: Transfer) -> None:
     part = f".vmmig-{os.urandom(8).hex()}.part"
 
     def opener(path: str, flags: int) -> int:
@@ -239,8 +249,11 @@ def _replace(folder: int, name: str, views: Iterable[memoryview]) -> None:
     try:
         with open(part, "xb", buffering=0, opener=opener) as file:
             os.fchmod(file.fileno(), 0o600)
-            write_chunks(file.fileno(), views)
+            transfer.enter("transferring")
+            write_chunks(file.fileno(), transfer.views(chunks), transfer.advance)
+            transfer.enter("confirming")
             os.fsync(file.fileno())
+        transfer.check()
         os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException as error:
         try:
@@ -252,38 +265,11 @@ def _replace(folder: int, name: str, views: Iterable[memoryview]) -> None:
         raise
 
 
-def _checked(chunks: Iterable[Buffer], path: str, total_bytes: int) -> Iterator[memoryview]:
-    """The chunks' views; an error where they cannot be had or are not ``total_bytes`` in all."""
-    came_bytes = 0
-    try:
-        for chunk in chunks:
-            view = _raw(chunk)
-            came_bytes += view.nbytes
-            if came_bytes > total_bytes:
-                break
-            yield view
-    except MigratableError:
-        raise
-    except Exception as error:
-        raise MigrateSendError(f"{path!r}: the bytes to save cannot be had: {error!r}") from error
-    if came_bytes != total_bytes:
-        raise MigrateSendError(
-            f"{path!r}: {came_bytes} bytes came where {total_bytes} were announced; "
-            "the caller must give the chunks' sum as total_bytes"
-        )
-
-
-def _raw(chunk: Buffer) -> memoryview:
-    # Before Python 3.12.7, the garbage collector crashes on a view that a PickleBuffer refers to
-    # (python/cpython#77894); a view made by cast shares what the first one refers to.
-    return chunk.cast("B") if isinstance(chunk, memoryview) else PickleBuffer(chunk).raw()
-
-
 def _batches(chunks: Iterable[Buffer]) -> Iterator[list[memoryview]]:
     batch: list[memoryview] = []
     room_bytes = _WRITE_BYTES
     for chunk in chunks:
-        view = _raw(chunk)
+        view = flat_view(chunk)
         while len(view) >= room_bytes:
             yield [*batch, view[:room_bytes]]
             view = view[room_bytes:]
