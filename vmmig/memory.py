@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from operator import add, sub
 from typing import TYPE_CHECKING, Any
@@ -106,7 +106,7 @@ class MemoryRangeTable:
             first, end = run.span()
             starts.append(start + first * page_bytes)
             ends.append(start + end * page_bytes)
-        return cls._of(starts, ends)
+        return cls.from_spans(starts, ends)
 
     def to_bitmap(self, *, start: int = 0, page_bytes: int = PAGE_BYTES) -> int:
         """The bitmap of the pages that the table touches: the reverse of `from_bitmap`.
@@ -140,6 +140,26 @@ class MemoryRangeTable:
             digits[low:high] = b"1" * (high - low)
         digits.reverse()
         return int(digits, 2)
+
+    @classmethod
+    def from_spans(cls, starts: Sequence[int], ends: Sequence[int]) -> MemoryRangeTable:
+        """The ranges from each start to the end of the same index, as they are.
+
+        Raises:
+            MigratableError: There are not as many ends as starts, or they make no range.
+
+        >>> MemoryRangeTable.from_spans([0x1000], [0x3000])
+        MemoryRangeTable(ranges=(MemoryRange(gpa=4096, length=8192),))
+        """
+        if len(starts) != len(ends) or max(ends, default=0) > _END:
+            raise MigratableError("memory ranges have a start and an end each, within 64 bits")
+        words = array("Q", bytes(16 * len(starts)))
+        try:
+            words[0::2] = array("Q", starts)
+            words[1::2] = array("Q", map(sub, ends, starts))
+        except OverflowError:
+            raise MigratableError("a memory range is negative, or all of 64 bits") from None
+        return cls._from_words(words)
 
     @classmethod
     def from_bytes(cls, data: Buffer) -> MemoryRangeTable:
@@ -190,7 +210,7 @@ class MemoryRangeTable:
         words = array("Q")
         for table in tables:
             words.extend(table._words)
-        return cls._of(*cls._from_words(words)._spans())
+        return cls.from_spans(*cls._from_words(words)._spans())
 
     def __or__(self, other: MemoryRangeTable) -> MemoryRangeTable:
         return self.merge([self, other])
@@ -212,7 +232,7 @@ class MemoryRangeTable:
             if start < end:
                 starts.append(start)
                 ends.append(end)
-        return self._of(starts, ends)
+        return self.from_spans(starts, ends)
 
     def __and__(self, other: MemoryRangeTable) -> MemoryRangeTable:
         return self - (self - other)
@@ -228,7 +248,7 @@ class MemoryRangeTable:
         """
         _check_page(page_bytes)
         starts, ends = self._spans()
-        whole = self._of(
+        whole = self.from_spans(
             [start // page_bytes * page_bytes for start in starts],
             [-(-end // page_bytes) * page_bytes for end in ends],
         )
@@ -307,18 +327,6 @@ class MemoryRangeTable:
         table = cls()
         table._words = words
         return table
-
-    @classmethod
-    def _of(cls, starts: list[int], ends: list[int]) -> MemoryRangeTable:
-        if ends and max(ends) > _END:
-            raise MigratableError("a memory range ends beyond 64 bits")
-        words = array("Q", bytes(16 * len(starts)))
-        try:
-            words[0::2] = array("Q", starts)
-            words[1::2] = array("Q", map(sub, ends, starts))
-        except OverflowError:
-            raise MigratableError("a memory range is negative, or all of 64 bits") from None
-        return cls._from_words(words)
 
     def _spans(self) -> tuple[list[int], list[int]]:
         """Where the covered bytes begin and end: sorted, apart from one another."""
