@@ -16,6 +16,7 @@ from vmmig.errors import (
     MissingExtraError,
     PauseError,
     PauseErrorGroup,
+    ProtocolError,
     RestoreError,
     ResumeError,
     SnapshotError,
@@ -68,6 +69,7 @@ def test_extra_facts_survive_pickling() -> None:
     error = DecodeError("bad", where="$", version=2, writer="vmmig 9")
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.where, copy.version, copy.writer) == ("$", 2, "vmmig 9")
+    assert pickle.loads(pickle.dumps(ProtocolError("x", state="STARTED"))).state == "STARTED"
     assert pickle.loads(pickle.dumps(ContractError("x", problems=["a"]))).problems == ("a",)
     assert pickle.loads(pickle.dumps(MissingExtraError("x", extra="cli"))).extra == "cli"
 

@@ -10,6 +10,7 @@
     │   └── DecodeError         the bytes are not a snapshot, or one this version cannot read
     ├── MigrateSendError        Failed to send migratable component snapshot: <cause>
     ├── MigrateReceiveError     Failed to receive migratable component snapshot: <cause>
+    ├── ProtocolError           a peer, or this side, breaks the migration protocol
     ├── ContractError           a component does not fulfil a trait (see `vmmig.verify`)
     ├── MissingExtraError       an optional part of vmmig is not installed
     └── MigratableErrorGroup    several of these at once, also an `ExceptionGroup`
@@ -169,6 +170,28 @@ class MigrateReceiveError(MigratableError):
     """
 
     _prefix = "Failed to receive migratable component snapshot: "
+
+
+class ProtocolError(MigratableError):
+    """A migration's peer, or this side, did what the wire protocol does not allow.
+
+    Attributes:
+        state: The state in which the connection was, and still is (see `vmmig.protocol`).
+
+    >>> error = ProtocolError("State is not allowed", state="STARTED")
+    >>> str(error)
+    'Migration protocol broken: STARTED: State is not allowed'
+    """
+
+    _prefix = "Migration protocol broken: "
+
+    def __init__(self, cause: object, *, state: str | None = None) -> None:
+        super().__init__(cause)
+        self.state = state
+
+    def __str__(self) -> str:
+        places = [place for place in (self.component_path, self.state) if place]
+        return self._prefix + ": ".join([*places, _text(self.cause)])
 
 
 class ContractError(MigratableError):
