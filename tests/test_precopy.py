@@ -74,7 +74,7 @@ def migrate(
         )
     ]
     while (decision := decide(policy, history, overhead_s=overhead_s)).action == "iterate":
-        assert len(history) < 20_000
+        assert len(history) <= 5_000
         took_s = dirty / bandwidths(len(history))
         clock_s += took_s
         sent, dirty = dirty, guest.dirty_bytes(took_s)
@@ -109,19 +109,19 @@ def after(
 
 @st.composite
 def guests(draw: st.DrawFn) -> Guest:
-    hot = draw(st.integers(0, 2_000))
-    cold = draw(st.integers(0, 20_000))
-    holes = draw(st.integers(0, 50_000))
-    rates = st.floats(0, 1e6)
+    hot = draw(st.integers(0, 100))
+    cold = draw(st.integers(0, 500))
+    never_written = draw(st.integers(0, 500))
+    rates = st.floats(0, 2_000)
     parts = draw(
         st.sampled_from([(hot,), (hot, cold)]).flatmap(
             lambda sizes: st.tuples(*[st.builds(WorkingSet, st.just(n), rates) for n in sizes])
         )
     )
-    return Guest(hot + cold + holes, parts)
+    return Guest(hot + cold + never_written, parts)
 
 
-# A pass takes at least one page at the highest bandwidth: so a timeout of 5 s ends the loop.
+# 488 to 977 pages a second; a pass sends at least one, so a timeout of 5 s comes within 5,000.
 BANDWIDTHS = st.floats(2e6, 4e6)
 POLICIES = st.builds(
     PrecopyPolicy,
@@ -196,7 +196,8 @@ def test_a_guest_that_writes_nothing_ends_after_one_pass(
     assert len(run.history) == 2
 
 
-@given(st.integers(1, 1 << 20), BANDWIDTHS, st.floats(0, 0.9), st.floats(0.01, 2))
+# Of fewer than 10 dirty pages, 0.9 times as many, rounded up, are as many again: 0.05 s are 24.
+@given(st.integers(1, 1 << 20), BANDWIDTHS, st.floats(0, 0.9), st.floats(0.05, 2))
 def test_a_guest_slower_than_the_network_converges(
     pages: int, bandwidth: float, share: float, limit_s: float
 ) -> None:
@@ -319,19 +320,21 @@ def test_the_forecast_comes_true(
             assert forecast.downtime_s == pytest.approx(simulation.downtime_s, rel=1e-2)
 
 
-@given(guests(), st.floats(1, 10))
+@given(st.integers(1 << 20, 1 << 40), st.floats(1, 10))
 def test_a_guest_that_outruns_the_network_is_forecast_never_to_converge(
-    guest: Guest, times: float
+    memory_bytes: int, times: float
 ) -> None:
-    history = [after(guest.memory_pages * PAGE + (1 << 30), iteration=0)]
-    for n in range(1, 6):
-        dirty = 1 << 30
-        history.append(after(math.ceil(dirty * times), dirty, 1.0, iteration=n, elapsed=n))
-    decision = decide(PrecopyPolicy(downtime_limit_s=0.1), history[2:])
-    assert decision.action == "iterate"
-    assert decision.forecast.converges is False
-    assert decision.forecast.iterations is None
-    assert "never converges" in str(decision.forecast)
+    simulation = simulate(
+        PrecopyPolicy(downtime_limit_s=0.01, max_iterations=6),
+        [TracePhase(1, times * memory_bytes, memory_bytes)],
+        memory_bytes=memory_bytes,
+        bandwidth_bytes_per_s=memory_bytes,
+    )
+    assert simulation.outcome.trigger == "max_iterations"
+    for decision in simulation.decisions[1:]:
+        assert decision.forecast.converges is False
+        assert decision.forecast.iterations is None
+        assert str(decision.forecast).startswith("never converges")
 
 
 def test_a_full_working_set_is_seen_after_four_passes() -> None:
@@ -402,16 +405,17 @@ def test_the_forecast_knows_the_timeout_and_the_cap(policy: PrecopyPolicy, forec
             " limit of 300 ms; raise the timeout or the downtime limit, or let timeout_strategy be"
             " 'ignore'",
         ),
-        (after(1, 1024, 3600.0), "iterate", "1 B left: 3.52 s of downtime expected, above the"),
+        (
+            after(1, 1024, 3600.0, elapsed=3599.9),
+            "iterate",
+            "1 B left: 3.52 s of downtime expected, above the limit of 300 ms",
+        ),
         (after(0, 1024, 3600.0), "stop_and_copy", "nothing is dirty"),
     ],
 )
 def test_the_rule(entry: IterationStatistics, action: str, reason: str) -> None:
-    if entry.elapsed_s == 3600 and entry.dirty_bytes == 1:
-        entry = attrs.evolve(entry, elapsed_s=3599.0)
     decision = decide(PrecopyPolicy(), [entry])
-    assert decision.action == action
-    assert decision.reason.startswith(reason)
+    assert (decision.action, decision.reason) == (action, reason)
 
 
 def test_the_timeout_comes_before_the_cap_and_convergence_before_both() -> None:
@@ -427,7 +431,7 @@ def test_the_timeout_comes_before_the_cap_and_convergence_before_both() -> None:
 
 def test_the_overhead_belongs_to_the_downtime() -> None:
     history = [after(2000, iteration=0), after(200, 1000, 1.0)]
-    assert decide(PrecopyPolicy(), history, overhead_s=0.1).action == "stop_and_copy"
+    assert decide(PrecopyPolicy(), history, overhead_s=0.0625).action == "stop_and_copy"
     decision = decide(PrecopyPolicy(), history, overhead_s=0.2)
     assert (decision.action, decision.downtime_s) == ("iterate", pytest.approx(0.4))
     idle = decide(PrecopyPolicy(), [after(0, 1000, 1.0)], overhead_s=9.0)
@@ -476,7 +480,7 @@ def test_a_strategy_is_one_of_two() -> None:
     ],
 )
 def test_a_history_is_in_order(history: list[IterationStatistics]) -> None:
-    with pytest.raises(MigratableError, match="empty|out of order"):
+    with pytest.raises(MigratableError, match=r"empty|out of order"):
         decide(PrecopyPolicy(), history)
 
 
@@ -587,7 +591,7 @@ def test_a_simulation_in_which_the_guest_wins() -> None:
 
 
 def test_a_simulation_that_would_not_end_says_so() -> None:
-    with pytest.raises(MigratableError, match="100000 iterations .* give the policy a cap"):
+    with pytest.raises(MigratableError, match=r"100000 iterations .* give the policy a cap"):
         simulate(
             PrecopyPolicy(downtime_limit_s=0),
             [TracePhase(1, 1e9, 1)],
@@ -649,7 +653,9 @@ def test_a_bad_trace_is_refused_by_its_line(text: str, problem: str) -> None:
 
 @given(st.text(), st.booleans())
 def test_any_text_is_a_trace_or_an_error(text: str, headed: bool) -> None:
+    error = None
     try:
-        assert parse_trace(HEADER + text if headed else text)
-    except MigratableError as error:
-        assert str(error).startswith("trace, line ")
+        trace = parse_trace(HEADER + text if headed else text)
+    except MigratableError as refused:
+        error = refused
+    assert str(error).startswith("trace, line ") if error else trace
