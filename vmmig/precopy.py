@@ -131,7 +131,7 @@ class Forecast:
     >>> pass_1 = IterationStatistics(iteration=1, sent_bytes=4 << 30, duration_s=4,
     ...                              dirty_bytes=2 << 30, elapsed_s=4)
     >>> print(decide(PrecopyPolicy(), [pass_1]).forecast)
-    converges after 3 more iterations, in 3.5 s, with 0.25 s of downtime
+    converges after 3 more iterations, in 3.5 s, with 250 ms of downtime
     """
 
     bandwidth_bytes_per_s: float | None = None
@@ -149,10 +149,13 @@ class Forecast:
                 f"never converges: {format_bytes(self.dirty_rate_bytes_per_s or 0)}/s are dirtied,"
                 f" {format_bytes(self.bandwidth_bytes_per_s or 0)}/s are sent"
             )
+        downtime = f"{format_seconds(self.downtime_s)} of downtime"
+        if not self.iterations:
+            return f"has converged: {downtime}"
         verb = "converges" if self.converges else "ends before it would converge"
         return (
-            f"{verb} after {_iterations(self.iterations, 'more ')}, in {self.duration_s:.3g} s,"
-            f" with {self.downtime_s:.3g} s of downtime"
+            f"{verb} after {_iterations(self.iterations, 'more ')},"
+            f" in {format_seconds(self.duration_s)}, with {downtime}"
         )
 
 
@@ -208,7 +211,7 @@ def decide(
     ...                              dirty_bytes=1 << 28, elapsed_s=1)
     >>> decision = decide(PrecopyPolicy(), [pass_1])
     >>> decision.action, decision.reason
-    ('stop_and_copy', '256 MiB left: 0.25 s of downtime expected, within the limit of 0.3 s')
+    ('stop_and_copy', '256 MiB left: 250 ms of downtime expected, within the limit of 300 ms')
     >>> decide(PrecopyPolicy(), [pass_1], overhead_s=0.1).action
     'iterate'
     """
@@ -242,13 +245,13 @@ def decide(
 
     if not now.dirty_bytes:
         return decision("stop_and_copy", "nothing_dirty", "nothing is dirty")
-    expected = "unknown" if downtime_s is None else f"{downtime_s:.3g} s of"
+    expected = "unknown" if downtime_s is None else f"{format_seconds(downtime_s)} of"
     left = f"{format_bytes(now.dirty_bytes)} left: {expected} downtime expected"
-    limit = f"the limit of {policy.downtime_limit_s:g} s"
+    limit = f"the limit of {format_seconds(policy.downtime_limit_s)}"
     if downtime_s is not None and downtime_s <= policy.downtime_limit_s:
         return decision("stop_and_copy", "downtime_limit", f"{left}, within {limit}")
     if now.elapsed_s >= policy.timeout_s:
-        passed = f"the timeout of {policy.timeout_s:g} s has passed; {left}"
+        passed = f"the timeout of {format_seconds(policy.timeout_s)} has passed; {left}"
         if policy.timeout_strategy == "ignore":
             return decision("stop_and_copy", "timeout", f"{passed}, pausing anyway")
         advice = "raise the timeout or the downtime limit, or let timeout_strategy be 'ignore'"
@@ -366,6 +369,19 @@ def format_bytes(nbytes: float) -> str:
             break
         nbytes, unit = nbytes / 1024, larger
     return f"{nbytes:.3g} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time for people: at least three digits, in seconds or a unit below.
+
+    >>> format_seconds(3600), format_seconds(0.3), format_seconds(0.0000125)
+    ('3600 s', '300 ms', '12.5 us')
+    """
+    if seconds >= 999.5:
+        return f"{seconds:.0f} s"
+    if seconds >= 0.9995 or not seconds:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 0.9995e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def _iterations(count: int, which: str = "") -> str:
