@@ -311,6 +311,7 @@ def test_the_forecast_comes_true(
         assert forecast.iterations is not None
         assert forecast.duration_s is not None
         assert forecast.downtime_s is not None
+        assert forecast.downtime_s <= limit_s * (1 + 1e-9)
         assert forecast.bandwidth_bytes_per_s == pytest.approx(bandwidth)
         assert forecast.dirty_rate_bytes_per_s == pytest.approx(share * bandwidth, rel=1e-3)
         # A limit met to the last digit may fall to either side.
