@@ -49,6 +49,7 @@ read, or its raw bytes have not all passed. `TRANSITIONS` is this diagram (`stat
         CONFIGURED --> ABANDONED: Abandon
         STATE_RECEIVED --> COMPLETED: Complete, CompletePaused
         STATE_RECEIVED --> ABANDONED: Abandon
+        COMPLETED --> COMPLETED: SessionStatus, PageFault (by the receiver)
         COMPLETED --> ABANDONED: Abandon
         COMPLETED --> CLOSED: ConnectionClosed
         STATUS_ASKED --> STATUS_ASKED: SessionStatus
@@ -62,7 +63,6 @@ read, or its raw bytes have not all passed. `TRANSITIONS` is this diagram (`stat
         MEMORY_CHANNEL --> MEMORY_CHANNEL: Memory
         MEMORY_CHANNEL --> CLOSED: ConnectionClosed
         PAGE_FAULT_CHANNEL --> CLOSED: ConnectionClosed
-        COMPLETED --> COMPLETED: PageFault (by the receiver)
         PAGE_FAULT_CHANNEL --> PAGE_FAULT_CHANNEL: PageFault (by the receiver)
 
 **vmmig's additions** are used only when both sides announce them; until then, and with a peer that
@@ -81,7 +81,8 @@ there would come after the memory's descriptors, and would need a parser in this
 - *Sessions* (bit 2). Session, sent once, directly after Start's Ok, gives the session an id and a
   token: the id names it in records, the token is a secret, and who shows it may ask what became of
   the session. For that a source opens a new connection and sends Start, then SessionStatus as often
-  as needed. Ok has one byte of payload, a `SessionOutcome`.
+  as needed. Ok has one byte of payload, a `SessionOutcome`. A source that has read Complete's Ok
+  asks once on the session's own connection: so the destination learns that the source knows.
 
 A Start and the channel of an auxiliary connection begin with the same two bytes. What a new
 connection is follows from the session's state: auxiliary ones are opened between Config's Ok and
@@ -93,7 +94,6 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Mapping, Sequence
-from itertools import chain, starmap
 from typing import NoReturn, TypeAlias
 
 import attrs
@@ -492,7 +492,7 @@ TRANSITIONS: Mapping[Role, Mapping[ConnectionState, Mapping[_Key, ConnectionStat
             CompletePaused: _S.COMPLETED,
             **_ABANDON,
         },
-        _S.COMPLETED: {**_ABANDON, **_CLOSE},
+        _S.COMPLETED: {SessionStatus: _S.COMPLETED, **_ABANDON, **_CLOSE},
         _S.STATUS_ASKED: {SessionStatus: _S.STATUS_ASKED, **_ABANDON, **_CLOSE},
         _S.FAILED: {**_ABANDON, **_CLOSE},
         _S.ABANDONED: _CLOSE,
@@ -546,9 +546,8 @@ class MessageLimits:
     Attributes:
         max_config_bytes: The payload of Config.
         max_state_bytes: The payload of State.
-        max_ranges: The table of one Memory request. A range takes 16 bytes on the wire, and about
-            150 once it is read. Without a limit of its own, a migration over one connection may
-            send a range for every page that changed.
+        max_ranges: The table of one Memory request; a range takes 16 bytes. A migration over one
+            connection may send a range for every page that changed.
 
     >>> MessageLimits(max_ranges=1000).max_ranges
     1000
@@ -556,7 +555,7 @@ class MessageLimits:
 
     max_config_bytes: int = 64 << 20
     max_state_bytes: int = 1 << 30
-    max_ranges: int = 1 << 20
+    max_ranges: int = 1 << 22
 
 
 _DEFAULT_LIMITS = MessageLimits()
@@ -929,7 +928,7 @@ received, but 0 are left
 
     def _table(self, payload: bytes) -> MemoryRangeTable:
         try:
-            return MemoryRangeTable(starmap(MemoryRange, _RANGE.iter_unpack(payload)))
+            return MemoryRangeTable.from_bytes(payload)
         except MigratableError as error:
             self._fail(str(error))
 
@@ -1043,13 +1042,13 @@ received, but 0 are left
                 if not len(table):
                     self._fail("an empty table sends no Memory request")
                 self._check_chunk(table)
-                payload = _table_bytes(table)
+                payload = table.to_bytes()
             case MemoryFd(slot):
                 if not 0 <= slot < 1 << 32:
                     self._fail(f"slot {slot} is not within 32 bits")
                 payload = _SLOT.pack(slot)
             case PageFault(page):
-                payload = _table_bytes(MemoryRangeTable([page]))
+                payload = MemoryRangeTable([page]).to_bytes()
             case Session(id, token) | SessionStatus(id, token):
                 if not len(id) == len(token) == _SECRET_BYTES:
                     self._fail(f"a session's id and token have {_SECRET_BYTES} bytes each")
@@ -1142,8 +1141,3 @@ def _answer_lengths(request: Request | None) -> tuple[int, ...]:
     if isinstance(request, PageFault):
         return (0, request.range.length)
     return (1,) if isinstance(request, SessionStatus) else (0,)
-
-
-def _table_bytes(table: MemoryRangeTable) -> bytes:
-    numbers = chain.from_iterable((part.gpa, part.length) for part in table)
-    return struct.pack(f"<{2 * len(table)}Q", *numbers)

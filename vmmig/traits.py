@@ -8,10 +8,13 @@ names every default that a component still runs on.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from vmmig.memory import MemoryRangeTable
 from vmmig.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from vmmig.guest_memory import GuestMemory
 
 
 @runtime_checkable
@@ -146,3 +149,31 @@ class LiveMigratable(Migratable, Protocol):
 
     def complete_migration(self) -> None:
         """The live migration is over and the destination runs."""
+
+
+@runtime_checkable
+class PrecopyMigratable(LiveMigratable, Protocol):
+    """A machine whose memory is moved page by page, while it runs, and its state after that.
+
+    >>> issubclass(PrecopyMigratable, LiveMigratable)
+    True
+    """
+
+    def guest_memory(self) -> GuestMemory:
+        """The memory that the dirty log speaks of; always the same one."""
+        raise NotImplementedError
+
+    def snapshot_state(self) -> Snapshot:
+        """As `snapshot`, without the contents of the guest's memory.
+
+        Raises:
+            SnapshotError: The state could not be taken; the component is as it was.
+        """
+        return Snapshot("")
+
+    def restore_state(self, snapshot: Snapshot) -> object:
+        """As `restore`, of what `snapshot_state` gave; the memory's contents are there already.
+
+        Raises:
+            RestoreError: The snapshot does not fit.
+        """
