@@ -201,6 +201,20 @@ def test_a_page_that_changes_back_before_the_next_look_is_no_error_of_the_copy()
     assert destination.read(0, 1) == b"1"
 
 
+def test_a_page_that_was_zero_for_a_moment_is_in_the_first_pass() -> None:
+    source = GuestMemory([MemoryRange(0, 2 * PAGE_BYTES)], dirty_log_backend="shadow")
+    destination = GuestMemory([MemoryRange(0, 2 * PAGE_BYTES)])
+    source.write(0, b"1")
+    source.write(PAGE_BYTES, b"0")
+    source.start_dirty_log()
+    source.write(0, b"\0")
+    table = source.nonzero()
+    source.write(0, b"1")
+    copied(table, source, destination)
+    copied(source.dirty_log(), source, destination)
+    assert destination.read(0, 1) == b"1"
+
+
 @needs_kernel
 def test_more_ranges_than_one_call_to_the_kernel_gives() -> None:
     memory = GuestMemory([MemoryRange(1 << 32, 1 << 29)], dirty_log_backend="pagemap")

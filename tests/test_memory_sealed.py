@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmmig import sealed
 from vmmig._native import F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE
 from vmmig.errors import MigratableError
+from vmmig.guest_memory import GuestMemory
+from vmmig.memory import MemoryRange
 from vmmig.sealed import descriptor_of, map_sealed, sealed_copy
 
 MIB = 1 << 20
@@ -103,6 +106,28 @@ def test_what_is_zero_takes_no_memory() -> None:
     fd = fd_of(copy)
     assert os.fstat(fd).st_blocks * 512 < MIB
     os.close(fd)
+
+
+def test_copying_guest_memory_does_not_touch_its_holes() -> None:
+    memory = GuestMemory([MemoryRange(0, 1 << 40)])
+    memory.write((1 << 39) + 5, b"code")
+    before = memory.allocated()
+    (view,) = memory.views([MemoryRange((1 << 39) - 3, 32 * MIB)])
+    copy = sealed_copy(view)
+    assert memory.allocated() == before
+    assert copy == bytes(8) + b"code" + bytes(32 * MIB - 12)
+
+
+def test_a_copy_into_huge_pages_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = os.urandom(MIB) + bytes(20 * MIB) + os.urandom(5)
+    for allowed in (True, False):
+        monkeypatch.setattr(sealed, "_huge_pages_are_allowed", lambda allowed=allowed: allowed)
+        copy = sealed_copy(value)
+        fd = fd_of(copy)
+        assert len(map_sealed(fd, len(value))) == len(value)
+        assert os.fstat(fd).st_blocks * 512 < 6 * MIB
+        os.close(fd)
+        assert bytes(copy) == value
 
 
 def test_other_views_have_no_descriptor() -> None:

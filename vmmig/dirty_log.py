@@ -187,38 +187,48 @@ class ShadowDirtyLog:
                     f"there is no memory for the copy with which to compare: {error}"
                 ) from error
             self._copies, self._seen = copies, MemoryRangeTable()
-            self._changes()
+            for _, memory, copy, length in self._parts(copies):
+                libc().memmove(copy, memory, length)
 
     def dirty_log(self) -> MemoryRangeTable:
         """The pages that differ from what they were at the last look."""
         with self._lock:
-            return self._changes()
+            starts = [
+                gpa + page
+                for gpa, memory, copy, length in self._parts(self._started())
+                for page in _differing(memory, copy, length)
+            ]
+            return _joined(starts, [start + PAGE_BYTES for start in starts])
 
     def stop_dirty_log(self) -> None:
         """Forget the copy."""
         with self._lock:
             self._copies, self._seen = None, MemoryRangeTable()
 
-    def copies(self) -> list[memoryview]:
-        """For each region, all bytes as they were when the log last looked."""
-        with self._lock:
-            if self._copies is None:
-                raise MigratableError("there is no dirty log; call start_dirty_log() first")
-            return [memoryview(copy).toreadonly() for copy in self._copies]
+    def copies(self) -> list[tuple[mmap.mmap, MemoryRangeTable]]:
+        """For each region all bytes as they were at the last look, and where they may not be 0.
 
-    def _changes(self) -> MemoryRangeTable:
+        Not to be written to.
+        """
+        with self._lock:
+            copies = self._started()
+            within = [self._seen & MemoryRangeTable([region.range]) for region in self._regions]
+            return [*zip(copies, within, strict=True)]
+
+    def _started(self) -> list[mmap.mmap]:
         if self._copies is None:
             raise MigratableError("there is no dirty log; call start_dirty_log() first")
+        return self._copies
+
+    def _parts(self, copies: list[mmap.mmap]) -> Iterator[tuple[int, int, int, int]]:
+        """What may differ: gpa, address in memory, address in the copy, length."""
         # What is allocated no more reads as zeros, which may be a change.
         self._seen |= MemoryRangeTable.merge(region.allocated() for region in self._regions)
-        starts: list[int] = []
-        for region, copy in zip(self._regions, self._copies, strict=True):
-            within = self._seen & MemoryRangeTable([region.range])
-            for gpa, length in within.pairs():
+        for region, copy in zip(self._regions, copies, strict=True):
+            start = address_of(copy)
+            for gpa, length in (self._seen & MemoryRangeTable([region.range])).pairs():
                 at = gpa - region.gpa
-                for page in _differing(region.address + at, address_of(copy) + at, length):
-                    starts.append(gpa + page)
-        return _joined(starts, [start + PAGE_BYTES for start in starts])
+                yield gpa, region.address + at, start + at, length
 
 
 def _private(length: int) -> mmap.mmap:
