@@ -44,9 +44,9 @@ def sealed_copy(buffer: Buffer) -> memoryview:
     """A read-only copy of the bytes, where there are memfds in one that is sealed.
 
     The memfd lives as long as a view of it. What is zero for 1 MiB takes no memory until it is
-    read, and holes of a `GuestMemory` are not touched. Where there are no memfds, or no bytes, the copy is a plain
-    one. It is about three times as fast where the kernel may use huge pages for memfds (``advise``
-    in ``/sys/kernel/mm/transparent_hugepage/shmem_enabled``).
+    read, and holes of a `GuestMemory` are not touched. Where there are no memfds, or no bytes,
+    the copy is a plain one. It is about three times as fast where the kernel may use huge pages
+    for memfds (``advise`` in ``/sys/kernel/mm/transparent_hugepage/shmem_enabled``).
 
     Raises:
         MigratableError: There is no memory or no descriptor for the copy, or the buffer is not
