@@ -119,15 +119,14 @@ class PagemapDirtyLog:
                     "the dirty log is that of the process which started it, not of this fork of "
                     "it; call start_dirty_log() here to log what this process writes"
                 )
-            starts: list[int] = []
-            ends: list[int] = []
+            starts, ends = array("Q"), array("Q")
             failed, self._failed = self._failed, True
             for region in self._regions:
                 offset = region.gpa - region.address
                 try:
                     for words in self._protection.written(region.address, region.length):
-                        starts += [word + offset for word in words[0::3]]
-                        ends += [word + offset for word in words[1::3]]
+                        starts += _moved(words[0::3], offset)
+                        ends += _moved(words[1::3], offset)
                 except OSError as error:
                     raise MigratableError(
                         f"the kernel could not be asked what was written ({error}); ask again: "
@@ -135,8 +134,9 @@ class PagemapDirtyLog:
                     ) from error
             self._failed = False
             if failed:
-                starts = [region.gpa for region in self._regions]
-                ends = [region.gpa + region.length for region in self._regions]
+                return MemoryRangeTable.merge(
+                    MemoryRangeTable([region.range]) for region in self._regions
+                )
             return _joined(starts, ends)
 
     def stop_dirty_log(self) -> None:
@@ -397,7 +397,14 @@ def _try_kernel() -> None:
         raise OSError(f"on trial it reported {looks} for [[], [1], [1, 4], [], [6]]")
 
 
-def _joined(starts: list[int], ends: list[int]) -> MemoryRangeTable:
+def _moved(words: array[int], by: int) -> array[int]:
+    """Each word plus ``by``; added as one long number, several times faster than one by one."""
+    ones = int.from_bytes(b"\1\0\0\0\0\0\0\0" * len(words), "little")
+    moved = int.from_bytes(words.tobytes(), "little") + by * ones
+    return array("Q", moved.to_bytes(8 * len(words), "little"))
+
+
+def _joined(starts: Sequence[int], ends: Sequence[int]) -> MemoryRangeTable:
     table = MemoryRangeTable.from_spans(starts, ends)
     if any(map(eq, islice(starts, 1, None), ends)):
         return MemoryRangeTable.merge([table])
