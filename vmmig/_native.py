@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +88,30 @@ def madvise(address: int, length: int, advice: int) -> None:
     if libc().madvise(address, length, advice):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The (start, end) of what is no hole in a file's bytes from ``start`` to ``end``.
+
+    Raises:
+        OSError: The file system does not say.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryFile() as file:
+    ...     file.write(b"abc"), file.flush(), [*data_of(file.fileno(), 1, 2)]
+    (3, None, [(1, 2)])
+    """
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        hole = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+        if start < hole:
+            yield start, hole
+        start = hole
 
 
 class FileMapping(mmap.mmap):

@@ -119,15 +119,14 @@ class PagemapDirtyLog:
                     "the dirty log is that of the process which started it, not of this fork of "
                     "it; call start_dirty_log() here to log what this process writes"
                 )
-            starts: list[int] = []
-            ends: list[int] = []
+            starts, ends = array("Q"), array("Q")
             failed, self._failed = self._failed, True
             for region in self._regions:
                 offset = region.gpa - region.address
                 try:
                     for words in self._protection.written(region.address, region.length):
-                        starts += [word + offset for word in words[0::3]]
-                        ends += [word + offset for word in words[1::3]]
+                        starts += _moved(words[0::3], offset)
+                        ends += _moved(words[1::3], offset)
                 except OSError as error:
                     raise MigratableError(
                         f"the kernel could not be asked what was written ({error}); ask again: "
@@ -135,8 +134,9 @@ class PagemapDirtyLog:
                     ) from error
             self._failed = False
             if failed:
-                starts = [region.gpa for region in self._regions]
-                ends = [region.gpa + region.length for region in self._regions]
+                return MemoryRangeTable.merge(
+                    MemoryRangeTable([region.range]) for region in self._regions
+                )
             return _joined(starts, ends)
 
     def stop_dirty_log(self) -> None:
@@ -187,38 +187,48 @@ class ShadowDirtyLog:
                     f"there is no memory for the copy with which to compare: {error}"
                 ) from error
             self._copies, self._seen = copies, MemoryRangeTable()
-            self._changes()
+            for _, memory, copy, length in self._parts(copies):
+                libc().memmove(copy, memory, length)
 
     def dirty_log(self) -> MemoryRangeTable:
         """The pages that differ from what they were at the last look."""
         with self._lock:
-            return self._changes()
+            starts = [
+                gpa + page
+                for gpa, memory, copy, length in self._parts(self._started())
+                for page in _differing(memory, copy, length)
+            ]
+            return _joined(starts, [start + PAGE_BYTES for start in starts])
 
     def stop_dirty_log(self) -> None:
         """Forget the copy."""
         with self._lock:
             self._copies, self._seen = None, MemoryRangeTable()
 
-    def copies(self) -> list[memoryview]:
-        """For each region, all bytes as they were when the log last looked."""
-        with self._lock:
-            if self._copies is None:
-                raise MigratableError("there is no dirty log; call start_dirty_log() first")
-            return [memoryview(copy).toreadonly() for copy in self._copies]
+    def copies(self) -> list[tuple[mmap.mmap, MemoryRangeTable]]:
+        """For each region all bytes as they were at the last look, and where they may not be 0.
 
-    def _changes(self) -> MemoryRangeTable:
+        Not to be written to.
+        """
+        with self._lock:
+            copies = self._started()
+            within = [self._seen & MemoryRangeTable([region.range]) for region in self._regions]
+            return [*zip(copies, within, strict=True)]
+
+    def _started(self) -> list[mmap.mmap]:
         if self._copies is None:
             raise MigratableError("there is no dirty log; call start_dirty_log() first")
+        return self._copies
+
+    def _parts(self, copies: list[mmap.mmap]) -> Iterator[tuple[int, int, int, int]]:
+        """What may differ: gpa, address in memory, address in the copy, length."""
         # What is allocated no more reads as zeros, which may be a change.
         self._seen |= MemoryRangeTable.merge(region.allocated() for region in self._regions)
-        starts: list[int] = []
-        for region, copy in zip(self._regions, self._copies, strict=True):
-            within = self._seen & MemoryRangeTable([region.range])
-            for gpa, length in within.pairs():
+        for region, copy in zip(self._regions, copies, strict=True):
+            start = address_of(copy)
+            for gpa, length in (self._seen & MemoryRangeTable([region.range])).pairs():
                 at = gpa - region.gpa
-                for page in _differing(region.address + at, address_of(copy) + at, length):
-                    starts.append(gpa + page)
-        return _joined(starts, [start + PAGE_BYTES for start in starts])
+                yield gpa, region.address + at, start + at, length
 
 
 def _private(length: int) -> mmap.mmap:
@@ -387,7 +397,14 @@ def _try_kernel() -> None:
         raise OSError(f"on trial it reported {looks} for [[], [1], [1, 4], [], [6]]")
 
 
-def _joined(starts: list[int], ends: list[int]) -> MemoryRangeTable:
+def _moved(words: array[int], by: int) -> array[int]:
+    """Each word plus ``by``; added as one long number, several times faster than one by one."""
+    ones = int.from_bytes(b"\1\0\0\0\0\0\0\0" * len(words), "little")
+    moved = int.from_bytes(words.tobytes(), "little") + by * ones
+    return array("Q", moved.to_bytes(8 * len(words), "little"))
+
+
+def _joined(starts: Sequence[int], ends: Sequence[int]) -> MemoryRangeTable:
     table = MemoryRangeTable.from_spans(starts, ends)
     if any(map(eq, islice(starts, 1, None), ends)):
         return MemoryRangeTable.merge([table])

@@ -24,6 +24,7 @@ from vmmig._native import (
     MFD_CLOEXEC,
     FileMapping,
     address_of,
+    data_of,
     libc,
     madvise,
 )
@@ -86,19 +87,13 @@ class MemoryRegion:
         """
         if self.fd is None:
             return MemoryRangeTable([self.range])
-        starts: list[int] = []
-        ends: list[int] = []
-        end = 0
         try:
-            while end < self.length:
-                start = os.lseek(self.fd, end, os.SEEK_DATA)
-                end = min(os.lseek(self.fd, start, os.SEEK_HOLE), self.length)
-                starts.append(self.gpa + start)
-                ends.append(self.gpa + end)
+            spans = [*data_of(self.fd, 0, self.length)]
         except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise MigratableError(f"{self!r} cannot say what is allocated: {error}") from error
-        return MemoryRangeTable.from_spans(starts, ends)
+            raise MigratableError(f"{self!r} cannot say what is allocated: {error}") from error
+        return MemoryRangeTable.from_spans(
+            [self.gpa + start for start, _ in spans], [self.gpa + end for _, end in spans]
+        )
 
     def nonzero(self) -> MemoryRangeTable:
         """The pages that are not zero; those that take no memory are not touched.
@@ -108,26 +103,7 @@ class MemoryRegion:
         >>> memory.regions[0].nonzero()
         MemoryRangeTable(ranges=(MemoryRange(gpa=24576, length=4096),))
         """
-        words = self.memory.cast("Q")
-        mapping = self._mapping
-        starts: list[int] = []
-        ends: list[int] = []
-        for part in self.allocated().partition(_PIECE_BYTES):
-            for gpa, length in part.pairs():
-                start = gpa - self.gpa
-                # A page is not zero if its first word is not: most pages are done with here.
-                first_words = words[start // 8 : (start + length) // 8 : PAGE_BYTES // 8]
-                flags = bytearray(map(bool, first_words.tolist()))
-                page = flags.find(0)
-                while page >= 0:
-                    at = start + page * PAGE_BYTES
-                    if mapping[at : at + PAGE_BYTES] != _ZEROS:
-                        flags[page] = 1
-                    page = flags.find(0, page + 1)
-                for run in re.finditer(b"\1+", flags):
-                    starts.append(gpa + run.start() * PAGE_BYTES)
-                    ends.append(gpa + run.end() * PAGE_BYTES)
-        return MemoryRangeTable.merge([MemoryRangeTable.from_spans(starts, ends)])
+        return _nonzero(self._mapping, self.gpa, self.allocated())
 
     def __repr__(self) -> str:
         return f"MemoryRegion(gpa={self.gpa:#x}, length={self.length:#x})"
@@ -285,7 +261,8 @@ class GuestMemory:
         """
         with self._lock:
             if isinstance(self._log, ShadowDirtyLog):
-                return self._slices(ranges, self._log.copies())
+                copies = [memoryview(copy).toreadonly() for copy, _ in self._log.copies()]
+                return self._slices(ranges, copies)
         return self._slices(ranges, [region.memory.toreadonly() for region in self.regions])
 
     def allocated(self) -> MemoryRangeTable:
@@ -296,8 +273,14 @@ class GuestMemory:
         """The pages that are not zero: the first, sparse pass of a migration.
 
         The guest may run meanwhile: what it writes is in the dirty log, if that was started
-        before.
+        before. As in `views_to_send`, with the dirty log ``shadow`` it is the copy that counts.
         """
+        with self._lock:
+            if isinstance(self._log, ShadowDirtyLog):
+                return MemoryRangeTable.merge(
+                    _nonzero(copy, region.gpa, within)
+                    for region, (copy, within) in zip(self.regions, self._log.copies(), strict=True)
+                )
         return MemoryRangeTable.merge(region.nonzero() for region in self.regions)
 
     def prefault(self) -> None:
@@ -464,6 +447,29 @@ def _seal(fd: int, seals: int) -> None:
 def _mapped(where: MemoryRange, fd: int) -> MemoryRegion:
     mapping = FileMapping(fd, where.length)
     return MemoryRegion(where.gpa, where.length, address_of(mapping), mapping.fileno(), mapping)
+
+
+def _nonzero(mapping: mmap.mmap, gpa: int, within: MemoryRangeTable) -> MemoryRangeTable:
+    """The pages that are not zero, of those ``within`` a mapping that begins at ``gpa``."""
+    words = memoryview(mapping).cast("Q")
+    starts: list[int] = []
+    ends: list[int] = []
+    for part in within.partition(_PIECE_BYTES):
+        for first, length in part.pairs():
+            start = first - gpa
+            # A page is not zero if its first word is not: most pages are done with here.
+            first_words = words[start // 8 : (start + length) // 8 : PAGE_BYTES // 8]
+            flags = bytearray(map(bool, first_words.tolist()))
+            page = flags.find(0)
+            while page >= 0:
+                at = start + page * PAGE_BYTES
+                if mapping[at : at + PAGE_BYTES] != _ZEROS:
+                    flags[page] = 1
+                page = flags.find(0, page + 1)
+            for run in re.finditer(b"\1+", flags):
+                starts.append(first + run.start() * PAGE_BYTES)
+                ends.append(first + run.end() * PAGE_BYTES)
+    return MemoryRangeTable.merge([MemoryRangeTable.from_spans(starts, ends)])
 
 
 def _prefault(region: MemoryRegion) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vmmig._native import (
@@ -22,6 +23,7 @@ from vmmig._native import (
     MFD_CLOEXEC,
     FileMapping,
     address_of,
+    data_of,
 )
 from vmmig.errors import MigratableError
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE
 _PIECE_BYTES = 1 << 20
+_HUGE_BYTES = 16 << 20
 _ZEROS = bytes(_PIECE_BYTES)
 
 
@@ -40,8 +43,10 @@ class _SealedMapping(FileMapping):
 def sealed_copy(buffer: Buffer) -> memoryview:
     """A read-only copy of the bytes, where there are memfds in one that is sealed.
 
-    The memfd lives as long as a view of it. What is zero for 1 MiB takes no memory. Where there
-    are no memfds, or there are no bytes, the copy is a plain one.
+    The memfd lives as long as a view of it. What is zero for 1 MiB takes no memory until it is
+    read, and holes of a `GuestMemory` are not touched. Where there are no memfds, or no bytes,
+    the copy is a plain one. It is about three times as fast where the kernel may use huge pages
+    for memfds (``advise`` in ``/sys/kernel/mm/transparent_hugepage/shmem_enabled``).
 
     Raises:
         MigratableError: There is no memory or no descriptor for the copy, or the buffer is not
@@ -65,10 +70,7 @@ def sealed_copy(buffer: Buffer) -> memoryview:
         fd = os.memfd_create("vmmig-sealed", MFD_CLOEXEC | MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, view.nbytes)
-            for start in range(0, view.nbytes, _PIECE_BYTES):
-                piece = view[start : start + _PIECE_BYTES]
-                if piece[0] or piece[-1] or bytes(piece) != _ZEROS[: piece.nbytes]:
-                    _write(fd, piece, start)
+            _fill(fd, view)
             fcntl.fcntl(fd, F_ADD_SEALS, _SEALS)
             return _mapped(fd, view.nbytes)
         finally:
@@ -150,6 +152,42 @@ def map_sealed(fd: int, length: int) -> memoryview:
 def _mapped(fd: int, length: int) -> memoryview:
     # Private: before Linux 6.7 a shared mapping of what is sealed against writing is refused.
     return memoryview(_SealedMapping(fd, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+
+
+def _fill(fd: int, view: memoryview) -> None:
+    # Into huge pages a copy takes a third of the time of a write, into others twice as long.
+    huge = view.nbytes >= _HUGE_BYTES and _huge_pages_are_allowed()
+    mapping = mmap.mmap(fd, view.nbytes) if huge else None
+    if mapping is not None:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    for start, end in _spans(view):
+        for at in range(start, end, _PIECE_BYTES):
+            piece = view[at : min(at + _PIECE_BYTES, end)]
+            if piece[0] or piece[-1] or bytes(piece) != _ZEROS[: piece.nbytes]:
+                if mapping is None:
+                    _write(fd, piece, at)
+                else:
+                    mapping[at : at + piece.nbytes] = piece
+    if mapping is not None:
+        mapping.close()
+
+
+def _spans(view: memoryview) -> Iterator[tuple[int, int]]:
+    """Where the view is no hole of a file: to read one would allocate it."""
+    if isinstance(view.obj, FileMapping):
+        offset = address_of(view) - address_of(view.obj)
+        for start, end in data_of(view.obj.fileno(), offset, offset + view.nbytes):
+            yield start - offset, end - offset
+    else:
+        yield 0, view.nbytes
+
+
+def _huge_pages_are_allowed() -> bool:
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/shmem_enabled") as file:
+            return "[never]" not in (setting := file.read()) and "[deny]" not in setting
+    except OSError:
+        return False
 
 
 def _write(fd: int, piece: memoryview, offset: int) -> None:
