@@ -325,7 +325,7 @@ class _Destination:
         if self.descriptors:
             self.memory = self._handed_over(config)
         else:
-            self.memory = GuestMemory(mapping.range for mapping in mappings)
+            self.memory = GuestMemory([m.range for m in mappings], shareable=False)
             self._begin_prefault()
         make = cast(Callable[[object, GuestMemory], PrecopyMigratable], self.made_of)
         component = make(config.configuration, self.memory)
