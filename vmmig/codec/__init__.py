@@ -8,7 +8,7 @@ Header, 96 bytes::
 
      0   8  magic: 89 56 4D 53 4E 41 50 0A
      8   2  format version: 1
-    10   2  flags: features a reader must know; none are defined, so 0
+    10   2  flags: features a reader must know; 1: sections are compressed, 2: are detached
     12   4  zero
     16   8  bytes of the index
     24   8  bytes of the whole container
@@ -18,11 +18,15 @@ Header, 96 bytes::
 
 Magic, version, writer and the header's checksum keep their places in every later version.
 
-Index: one msgpack array of ``3 + N + S`` elements for a tree of N nodes and S sections::
+Index: one msgpack array of ``3 + N + S`` elements for a tree of N nodes and S sections, or
+``4 + N + S`` where the flags are not 0::
 
     bin   N times u32: how many children each node has
     bin   N times u32: how many sections each node has
     bin   S times u64: how many bytes each section has
+    bin   only where the flags are not 0: S times u64: how many bytes of each section the
+          container has: as many as it has, or for large ones fewer where it is compressed,
+          or 2^64-1 where it is detached
     str   N times: each node's id
     str   S times: each section's id
 
@@ -33,12 +37,19 @@ where the writer is the same.
 
 Sections: directly behind the index, those below 64 KiB, one after another in index order. Then
 the others in index order, each preceded by zero bytes up to a multiple of 4096 from the
-container's start, so that they can be mapped.
+container's start, so that they can be mapped; a compressed one has none before it, and of a
+detached one nothing is there.
+
+A detached section's bytes go another way, in the same order: for instance as a descriptor of
+the memory that holds them, to another process of the same machine. They have no checksums, for
+it is the same memory that both processes see. A flag is set exactly where there is such a
+section.
 
 Table: zero bytes up to a multiple of 8, then one u64 checksum for each section below 64 KiB,
-in index order, then one for each MiB, begun or whole, of each other section, in index order;
-last, one checksum of the table's bytes before. It comes last so that a container is written in
-one pass, each MiB checked while it is in the processor's cache; its place follows from the index.
+in index order, then one for each MiB, begun or whole, of what the container has of each other
+section, in index order; last, one checksum of the table's bytes before. It comes last so that
+a container is written in one pass, each MiB checked while it is in the processor's cache; its
+place follows from the index.
 """
 
 from vmmig.codec.converter import configure_converter as configure_converter

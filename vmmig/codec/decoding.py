@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -57,7 +57,13 @@ class RangeReader(Protocol):
         """
 
 
-def loads(data: Buffer, *, lazily: bool = False, limits: Limits | None = None) -> Snapshot:
+def loads(
+    data: Buffer,
+    *,
+    detached: Sequence[Buffer] = (),
+    lazily: bool = False,
+    limits: Limits | None = None,
+) -> Snapshot:
     """The snapshot in a container.
 
     Sections below 64 KiB become bytes; larger ones are views of ``data``, which must not change
@@ -65,6 +71,8 @@ def loads(data: Buffer, *, lazily: bool = False, limits: Limits | None = None) -
 
     Args:
         data: One whole container: bytes, or for instance a mapping of a file.
+        detached: The bytes of the sections that were detached, in their order; they become
+            the sections' as they are, unchecked but for their sizes.
         lazily: Check a large section when its bytes are first asked for, not now.
         limits: What to refuse before memory is spent on it.
 
@@ -80,11 +88,16 @@ def loads(data: Buffer, *, lazily: bool = False, limits: Limits | None = None) -
     header = read_header(source.everything)
     with blaming(header):
         container = _Container(source, header, limits or _DEFAULT_LIMITS)
+        joined = _joined(container.layout, detached)
         source.check_padding(container.layout)
         small, columns = container.small(), container.layout.columns
         if not container.layout.large:
             return build(*columns[:4], small)
-        large = [*map(container.lazy if lazily else container.payload, container.layout.large)]
+        fetch = container.lazy if lazily else container.payload
+        large = [
+            joined[part.section] if part.detached else fetch(part)
+            for part in container.layout.large
+        ]
         payloads = container.layout.arrange(small, large)
         if lazily:
             sections = make_sections(columns.section_ids, payloads)
@@ -133,6 +146,7 @@ def open_ranges(reader: RangeReader, *, limits: Limits | None = None) -> Snapsho
         container = _Container(source, header, limits or _DEFAULT_LIMITS)
         layout = container.layout
         columns = layout.columns
+        _joined(layout, ())
         numbers = range(len(layout.small_lengths))
         small = [partial(container.one_small, number) for number in numbers]
         large = [partial(container.payload, part) for part in layout.large]
@@ -145,13 +159,16 @@ def open_ranges(reader: RangeReader, *, limits: Limits | None = None) -> Snapsho
         return build(*columns[:4], sections)
 
 
-def load(stream: ReadableStream, *, limits: Limits | None = None) -> Snapshot:
+def load(
+    stream: ReadableStream, *, detached: Sequence[Buffer] = (), limits: Limits | None = None
+) -> Snapshot:
     """Read one container from a stream, and not a byte more.
 
     Memory is taken as bytes arrive, whatever the header promises.
 
     Args:
         stream: A binary file, a pipe, a socket's ``makefile("rb")``; it must block.
+        detached: As for `loads`.
         limits: What to refuse before memory is spent on it.
 
     Raises:
@@ -166,7 +183,7 @@ def load(stream: ReadableStream, *, limits: Limits | None = None) -> Snapshot:
     source = _Stream(stream)
     header = read_header(source.take(HEADER_BYTES, "header"))
     with blaming(header):
-        return _read(source, header, limits or _DEFAULT_LIMITS)
+        return _read(source, header, limits or _DEFAULT_LIMITS, detached)
 
 
 class _LazySection(SnapshotDataSection):
@@ -235,7 +252,7 @@ class _Container:
 
     def lazy(self, part: Part) -> _LazySection:
         fetch = partial(self.fetch, partial(self.payload, part))
-        return _LazySection(part.id, fetch=fetch, nbytes=part.end - part.start)
+        return _LazySection(part.id, fetch=fetch, nbytes=part.nbytes)
 
     def fetch(self, get: Callable[[], Buffer]) -> Buffer:
         """What `get` returns, with errors that know the container."""
@@ -319,18 +336,42 @@ class _Remote:
         return memory.toreadonly()
 
 
-def _read(source: _Stream, header: Header, limits: Limits) -> Snapshot:
+def _joined(layout: Layout, detached: Sequence[Buffer]) -> dict[int, Buffer]:
+    """The payload of each detached section."""
+    parts = [part for part in layout.large if part.detached]
+    if len(parts) != len(detached):
+        raise DecodeError(
+            f"{len(parts)} of its sections are detached, {len(detached)} were given; they are "
+            "with whoever sent it, and must be given in the same order",
+            where=str(parts[0]) if parts else "index",
+        )
+    for part, payload in zip(parts, detached, strict=True):
+        nbytes = view_of(payload).nbytes
+        if nbytes != part.nbytes:
+            raise DecodeError(
+                f"it is detached and has {part.nbytes} bytes, but {nbytes} were given",
+                where=str(part),
+            )
+    return {part.section: payload for part, payload in zip(parts, detached, strict=True)}
+
+
+def _read(source: _Stream, header: Header, limits: Limits, detached: Sequence[Buffer]) -> Snapshot:
     check_header(header, limits)
     index = source.take(header.index_bytes, "index")
     layout = decode_index(header, memoryview(index), limits)
+    joined = _joined(layout, detached)
     small_bytes = source.take(layout.small_end - layout.small_start, "the small sections")
-    large = []
+    large: list[Buffer] = []
     found: list[list[int]] = []
     if layout.large:
         begin = layout.large[0].start
         # One mapping serves all, for a process may have no more than some 65,000.
         memory = _memory(layout.large[-1].end - begin)
         for part in layout.large:
+            if part.detached:
+                found.append([])
+                large.append(joined[part.section])
+                continue
             source.skip_zeros(part.start - source.taken, part)
             view = memory[part.start - begin : part.end - begin]
             found.append(source.take_into(view, part))

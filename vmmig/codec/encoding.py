@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 from xxhash import xxh3_64_intdigest as checksum
 
 from vmmig.codec.layout import (
     ALIGNMENT_BYTES,
     CHUNK_BYTES,
+    COMPRESSED,
+    DETACHED,
     HEADER_BYTES,
     LARGE_BYTES,
+    NOT_STORED,
     chunks_in,
     encode_index,
     encode_table,
     write_header,
 )
 from vmmig.errors import MigratableError, SnapshotError
-from vmmig.snapshot import MAX_NODES, Snapshot, flatten, raw_view
+from vmmig.snapshot import MAX_NODES, Columns, Snapshot, flatten, raw_view
 
 
 class WritableStream(Protocol):
@@ -79,26 +82,50 @@ class Encoding:
 
     Attributes:
         total_bytes: How many bytes the chunks have together.
+        detached: The sections whose bytes are not among them, in index order.
 
     >>> encoding = encode(Snapshot("vm"))
     >>> encoding.total_bytes == len(b"".join(encoding))
     True
     """
 
-    __slots__ = ("_head", "_large", "_small", "_small_end", "_table_padding", "total_bytes")
+    __slots__ = (
+        "_head",
+        "_large",
+        "_small",
+        "_small_end",
+        "_table_padding",
+        "detached",
+        "total_bytes",
+    )
 
-    def __init__(self, index: bytes, small: list[Any], large: list[memoryview]) -> None:
+    def __init__(self, columns: Columns, small: list[Any], large: list[_Large]) -> None:
+        flags, stored = 0, None
+        if any(part.stored is not part.payload for part in large):
+            rest = iter(large)
+            stored = [
+                length if length < LARGE_BYTES else next(rest).stored_bytes
+                for length in columns.payloads
+            ]
+            for part in large:
+                flags |= 0 if part.aligned else DETACHED if part.stored is None else COMPRESSED
+        index = encode_index(columns, stored)
+        self.detached = [part.payload for part in large if part.stored is None]
         self._small = small
-        self._large = large
+        self._large = [
+            (part.stored, ALIGNMENT_BYTES if part.aligned else 1)
+            for part in large
+            if part.stored is not None
+        ]
         end = HEADER_BYTES + len(index) + sum(map(len, small))
         sums = len(small)
         self._small_end = end
-        for view in large:
-            end += -end % ALIGNMENT_BYTES + view.nbytes
+        for view, alignment in self._large:
+            end += -end % alignment + view.nbytes
             sums += chunks_in(view.nbytes)
         self._table_padding = bytes(-end % 8)
         self.total_bytes: int = end + len(self._table_padding) + 8 * sums + 8
-        self._head = [write_header(index, self.total_bytes), index]
+        self._head = [write_header(flags, index, self.total_bytes), index]
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         if not self._large:
@@ -107,9 +134,9 @@ class Encoding:
         yield b"".join([*self._head, *self._small])
         end = self._small_end
         sums: list[int] = []
-        for view in self._large:
-            yield bytes(-end % ALIGNMENT_BYTES)
-            end += -end % ALIGNMENT_BYTES + view.nbytes
+        for view, alignment in self._large:
+            yield bytes(-end % alignment)
+            end += -end % alignment + view.nbytes
             for start in range(0, view.nbytes, CHUNK_BYTES):
                 chunk = view[start : start + CHUNK_BYTES]
                 sums.append(checksum(chunk))
@@ -123,8 +150,29 @@ class Encoding:
         return self._table_padding, encode_table([*map(checksum, self._small), *large_sums])
 
 
-def encode(snapshot: Snapshot) -> Encoding:
+class _Large(NamedTuple):
+    """A large section: its bytes, and those of them or for them that the container gets."""
+
+    payload: memoryview
+    stored: memoryview | None
+
+    @property
+    def aligned(self) -> bool:
+        return self.stored is self.payload
+
+    @property
+    def stored_bytes(self) -> int:
+        return NOT_STORED if self.stored is None else self.stored.nbytes
+
+
+def encode(snapshot: Snapshot, *, detach: Callable[[memoryview], bool] | None = None) -> Encoding:
     """The container of a snapshot, ready to be written.
+
+    Args:
+        snapshot: The tree.
+        detach: Asked for each section of 64 KiB or more: whether its bytes go another way, for
+            instance as a descriptor of the memory that holds them. They then are not in the
+            container but in `Encoding.detached`, and whoever loads it must have them.
 
     Raises:
         SnapshotError: The tree is not valid; see `vmmig.snapshot.flatten`.
@@ -136,13 +184,14 @@ def encode(snapshot: Snapshot) -> Encoding:
     if len(columns.ids) + len(columns.section_ids) > MAX_NODES:
         raise SnapshotError(f"it has more than {MAX_NODES} nodes and sections")
     small = columns.payloads
-    large: list[memoryview] = []
+    large: list[_Large] = []
     if {*map(type, small)} <= {bytes}:
         lengths = [*map(len, small)]
     else:
         small = [p if type(p) is bytes else raw_view(p) for p in small]
         lengths = [p.nbytes if type(p) is memoryview else len(p) for p in small]
     if lengths and max(lengths) >= LARGE_BYTES:
-        large = [memoryview(p) for p in small if len(p) >= LARGE_BYTES]
+        views = [memoryview(p) for p in small if len(p) >= LARGE_BYTES]
+        large = [_Large(view, None if detach and detach(view) else view) for view in views]
         small = [p for p in small if len(p) < LARGE_BYTES]
-    return Encoding(encode_index(columns._replace(payloads=lengths)), small, large)
+    return Encoding(columns._replace(payloads=lengths), small, large)

@@ -27,6 +27,9 @@ HEADER_BYTES = 96
 LARGE_BYTES = 1 << 16
 ALIGNMENT_BYTES = 4096
 CHUNK_BYTES = 1 << 20
+COMPRESSED = 1
+DETACHED = 2
+NOT_STORED = (1 << 64) - 1
 
 _HEADER = struct.Struct("<8sHHIQQQ48sQ")
 _CHECKSUM = struct.Struct("<Q")
@@ -41,10 +44,14 @@ class Limits:
     A tree is built only once its columns agree, and then takes about 400 bytes of memory a node
     and 200 a section, besides the ids and the sections' bytes. Until then, decoding takes at
     most twice the size of the input, and about 100 bytes for each id once their number is right.
+    A compressed section takes memory as its bytes come out, never more than the index says, and
+    8 MiB while it is decompressed; the index may say 32,768 times the size of the input, which
+    only ``max_bytes`` limits.
 
     Attributes:
         max_nodes: Nodes and sections of the tree, together.
-        max_bytes: The whole container.
+        max_bytes: The whole container; and what its sections have together, decompressed
+            and with those that are detached.
         max_id_bytes: Any id, in UTF-8.
 
     >>> from vmmig.codec import dumps, loads
@@ -111,8 +118,8 @@ def read_header(data: Buffer) -> Header:
     return Header(version, flags, index_bytes, total_bytes, index_sum, name)
 
 
-def write_header(index: bytes, total_bytes: int) -> bytes:
-    fields = MAGIC, FORMAT_VERSION, 0, 0, len(index), total_bytes, checksum(index), _WRITER
+def write_header(flags: int, index: bytes, total_bytes: int) -> bytes:
+    fields = MAGIC, FORMAT_VERSION, flags, 0, len(index), total_bytes, checksum(index), _WRITER
     header = _HEADER.pack(*fields, 0)[:-8]
     return header + _CHECKSUM.pack(checksum(header))
 
@@ -134,11 +141,11 @@ def blaming(header: Header) -> Iterator[None]:
 
 
 def check_header(header: Header, limits: Limits) -> None:
-    if header.version != FORMAT_VERSION or header.flags:
+    if header.version != FORMAT_VERSION or header.flags & ~(COMPRESSED | DETACHED):
         raise DecodeError(
             f"{header.writer!r} wrote it in format {header.version} with features "
             f"{header.flags:#x}; vmmig {__version__} reads format {FORMAT_VERSION} with features "
-            "0x0: a newer vmmig is needed",
+            "up to 0x3: a newer vmmig is needed",
             where="header",
         )
     if header.total_bytes > limits.max_bytes:
@@ -170,6 +177,7 @@ class Part(NamedTuple):
     start: int
     end: int
     first_sum: int
+    detached: bool = False
 
     def __str__(self) -> str:
         """Its place, for messages: takes time linear in the tree."""
@@ -178,6 +186,15 @@ class Part(NamedTuple):
     @property
     def id(self) -> str:
         return self.columns.section_ids[self.section]
+
+    @property
+    def nbytes(self) -> int:
+        """What the section has; ``end - start`` is what the container has of it."""
+        return cast(int, self.columns.payloads[self.section])
+
+    @property
+    def compressed(self) -> bool:
+        return not self.detached and self.end - self.start < self.nbytes
 
     def check(self, start: int, found: list[int], sums: list[int]) -> None:
         """Compare the checksums of stored bytes from ``start``, a whole MiB, with the table's."""
@@ -230,10 +247,18 @@ class Layout(NamedTuple):
         )
 
 
-def encode_index(columns: Columns) -> bytes:
-    """The index of a tree; the payloads of ``columns`` are the sections' lengths."""
+def encode_index(columns: Columns, stored: list[int] | None) -> bytes:
+    """The index of a tree.
+
+    Args:
+        columns: The tree's columns, with the sections' lengths as the payloads.
+        stored: How many bytes of each section the container has, where that is not all.
+    """
     try:
-        return cast(bytes, msgpack.packb(_converter().unstructure(columns)))
+        elements = _converter().unstructure(columns)
+        if stored is not None:
+            elements.insert(3, _packed("Q", stored))
+        return cast(bytes, msgpack.packb(elements))
     except Exception as error:
         _explain_ids(columns, error)
 
@@ -253,19 +278,33 @@ def decode_index(header: Header, index: memoryview, limits: Limits) -> Layout:
     )
     unpacker.feed(index)
     count = unpacker.read_array_header()
-    if count - 3 > limits.max_nodes:
+    names = count - (4 if header.flags else 3)
+    if names > limits.max_nodes:
         raise DecodeError(
-            f"it has {count - 3} nodes and sections, of {limits.max_nodes} allowed; "
+            f"it has {names} nodes and sections, of {limits.max_nodes} allowed; "
             "Limits(max_nodes=...) allows more",
             where="index",
         )
     head = [unpacker.unpack() for _ in range(3)]
+    stored = unpacker.unpack() if header.flags else head[2]
     nodes, lengths = _unpacked("I", head[0], "children"), _unpacked("Q", head[2], "lengths")
     needed = len(nodes) + len(lengths)
-    if count - 3 != needed:
-        raise DecodeError(f"it needs {needed} ids and has {count - 3}", where="index")
-    if sum(lengths) > header.total_bytes:
-        raise DecodeError("its sections make more bytes than the container has", where="index")
+    if names != needed:
+        raise DecodeError(f"it needs {needed} ids and has {names}", where="index")
+    stored = _unpacked("Q", stored, "stored bytes")
+    if len(stored) != len(lengths):
+        raise DecodeError(
+            f"its columns disagree: {len(lengths)} lengths, {len(stored)} stored bytes",
+            where="index",
+        )
+    if sum(lengths) > (limits.max_bytes if header.flags else header.total_bytes):
+        raise DecodeError(
+            f"its sections make {sum(lengths)} bytes, of {limits.max_bytes} allowed; "
+            "Limits(max_bytes=...) allows more"
+            if header.flags
+            else "its sections make more bytes than the container has",
+            where="index",
+        )
     try:
         columns = _converter().structure(chain(head, unpacker), Columns)
     except ValueError as error:
@@ -278,7 +317,7 @@ def decode_index(header: Header, index: memoryview, limits: Limits) -> Layout:
         raise
     if unpacker.tell() != len(index):
         raise DecodeError("it does not hold what it says it does", where="index")
-    return _layout(columns, header)
+    return _layout(columns, stored, header)
 
 
 def encode_table(sums: list[int]) -> bytes:
@@ -306,7 +345,7 @@ def chunks_in(length: int) -> int:
     return -(-length // CHUNK_BYTES)
 
 
-def _layout(columns: Columns, header: Header) -> Layout:
+def _layout(columns: Columns, stored: memoryview, header: Header) -> Layout:
     lengths = columns.payloads
     start = HEADER_BYTES + header.index_bytes
     large: list[Part] = []
@@ -316,13 +355,26 @@ def _layout(columns: Columns, header: Header) -> Layout:
         small = lengths
     end = small_end = start + sum(small)
     sums = len(small)
-    if len(small) != len(lengths):
-        for section, length in enumerate(lengths):
+    flags = 0
+    if header.flags or len(small) != len(lengths):
+        for section, (length, there) in enumerate(zip(lengths, stored, strict=True)):
+            detached = there == NOT_STORED and length >= LARGE_BYTES
+            if not detached and (there > length or (there < length < LARGE_BYTES)):
+                raise DecodeError(
+                    f"the container cannot have {there} of its {length} bytes",
+                    where=columns.section_place(section),
+                )
             if length >= LARGE_BYTES:
-                begin = end + -end % ALIGNMENT_BYTES
-                end = begin + length
-                large.append(Part(columns, section, begin, end, sums))
-                sums += chunks_in(length)
+                begin = end + (-end % ALIGNMENT_BYTES if there == length else 0)
+                end = begin + (0 if detached else there)
+                large.append(Part(columns, section, begin, end, sums, detached))
+                sums += chunks_in(end - begin)
+                flags |= DETACHED if detached else COMPRESSED if there < length else 0
+    if flags != header.flags:
+        raise DecodeError(
+            f"its sections need features {flags:#x}, but the header says {header.flags:#x}",
+            where="index",
+        )
     total = end + -end % 8 + 8 * sums + 8
     if total != header.total_bytes:
         raise DecodeError(
