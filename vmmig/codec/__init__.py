@@ -40,6 +40,9 @@ the others in index order, each preceded by zero bytes up to a multiple of 4096 
 container's start, so that they can be mapped; a compressed one has none before it, and of a
 detached one nothing is there.
 
+A compressed section is one Zstandard frame (RFC 8878) with a content checksum, and needs a
+window of 8 MiB at most. It ends with the section's last byte in the container.
+
 A detached section's bytes go another way, in the same order: for instance as a descriptor of
 the memory that holds them, to another process of the same machine. They have no checksums, for
 it is the same memory that both processes see. A flag is set exactly where there is such a

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 from xxhash import xxh3_64_intdigest as checksum
 
+from vmmig.codec.compression import Decompression, zstd
 from vmmig.codec.layout import (
+    ALIGNMENT_BYTES,
     CHUNK_BYTES,
+    COMPRESSED,
     HEADER_BYTES,
-    LARGE_BYTES,
     Header,
     Layout,
     Limits,
@@ -67,18 +69,19 @@ def loads(
     """The snapshot in a container.
 
     Sections below 64 KiB become bytes; larger ones are views of ``data``, which must not change
-    as long as the snapshot is in use.
+    as long as the snapshot is in use, or of memory of their own where they were compressed.
 
     Args:
         data: One whole container: bytes, or for instance a mapping of a file.
         detached: The bytes of the sections that were detached, in their order; they become
             the sections' as they are, unchecked but for their sizes.
-        lazily: Check a large section when its bytes are first asked for, not now.
+        lazily: Check, and decompress, a large section when its bytes are first asked for.
         limits: What to refuse before memory is spent on it.
 
     Raises:
         DecodeError: This is not one whole, undamaged container that this version can read.
             With ``lazily``, asking a damaged section for its bytes raises it.
+        MissingExtraError: It is compressed, and the library for that is not installed.
 
     >>> loads(b"GIF89a")
     Traceback (most recent call last):
@@ -124,6 +127,7 @@ def open_ranges(reader: RangeReader, *, limits: Limits | None = None) -> Snapsho
             damaged section for its bytes raises it, too.
         MigrateReceiveError: The reader raised it; asking for a section's bytes may, too, and
             the next time reads again.
+        MissingExtraError: It is compressed, and the library for that is not installed.
 
     >>> import io
     >>> class File:
@@ -173,6 +177,7 @@ def load(
 
     Raises:
         DecodeError: The stream does not hold one whole, undamaged container, or failed.
+        MissingExtraError: It is compressed, and the library for that is not installed.
 
     >>> import io
     >>> from vmmig.codec import dumps
@@ -244,6 +249,8 @@ class _Container:
             )
         index = source.view(HEADER_BYTES, HEADER_BYTES + header.index_bytes, "index")
         self.layout = decode_index(header, index, limits)
+        if header.flags & COMPRESSED:
+            zstd()
         self._source = source
         self._header = header
         self._lock = threading.Lock()
@@ -273,9 +280,18 @@ class _Container:
 
     def payload(self, part: Part) -> memoryview:
         sums = self._all_sums()
-        view = self._source.view(part.start, part.end, part)
-        part.check(0, chunk_sums(view), sums)
-        return view
+        if not part.compressed:
+            view = self._source.view(part.start, part.end, part)
+            part.check(0, chunk_sums(view), sums)
+            return view
+        memory = _memory(part.nbytes)
+        frame = Decompression(memory, part)
+        for start in range(part.start, part.end, _REQUEST_BYTES):
+            view = self._source.view(start, min(start + _REQUEST_BYTES, part.end), part)
+            part.check(start - part.start, chunk_sums(view), sums)
+            frame.feed(view)
+        frame.finish()
+        return memory.toreadonly()
 
     def _all_sums(self) -> list[int]:
         with self._lock:
@@ -299,7 +315,7 @@ class _Memory:
     def check_padding(self, layout: Layout) -> None:
         end = layout.small_end
         for part in layout.large:
-            if end != part.start and any(self.everything[end : part.start]):
+            if any(self.everything[end : part.start]):
                 raise DecodeError("the bytes before it are not zero", where=str(part))
             end = part.end
 
@@ -360,33 +376,41 @@ def _read(source: _Stream, header: Header, limits: Limits, detached: Sequence[Bu
     index = source.take(header.index_bytes, "index")
     layout = decode_index(header, memoryview(index), limits)
     joined = _joined(layout, detached)
+    if header.flags & COMPRESSED:
+        zstd()
     small_bytes = source.take(layout.small_end - layout.small_start, "the small sections")
     large: list[Buffer] = []
     found: list[list[int]] = []
-    if layout.large:
-        begin = layout.large[0].start
-        # One mapping serves all, for a process may have no more than some 65,000.
-        memory = _memory(layout.large[-1].end - begin)
-        for part in layout.large:
-            if part.detached:
-                found.append([])
-                large.append(joined[part.section])
-                continue
-            source.skip_zeros(part.start - source.taken, part)
-            view = memory[part.start - begin : part.end - begin]
-            found.append(source.take_into(view, part))
-            large.append(view.toreadonly())
+    frames: list[tuple[Decompression, DecodeError | None]] = []
+    # One mapping serves all, for a process may have no more than some 65,000.
+    room = [0 if part.detached else part.nbytes for part in layout.large]
+    memory = _memory(sum(nbytes + -nbytes % ALIGNMENT_BYTES for nbytes in room))
+    for part, nbytes in zip(layout.large, room, strict=True):
+        view, memory = memory[:nbytes], memory[nbytes + -nbytes % ALIGNMENT_BYTES :]
+        source.skip_zeros(part.start - source.taken, part)
+        if part.compressed:
+            frame = Decompression(view, part)
+            sums, error = source.decompress(part, frame)
+            frames.append((frame, error))
+        else:
+            sums = source.take_into(view, part)
+        found.append(sums)
+        large.append(joined[part.section] if part.detached else view.toreadonly())
     table = source.take(header.total_bytes - source.taken, "table of checksums")
     sums = decode_table(layout, memoryview(table))
     small = layout.split_small(memoryview(small_bytes), sums)
     for part, own in zip(layout.large, found, strict=True):
         part.check(0, own, sums)
+    for frame, error in frames:
+        if error is not None:
+            raise error
+        frame.finish()
     return build(*layout.columns[:4], layout.arrange(small, large))
 
 
 def _memory(count: int) -> memoryview:
     """Memory; if it is much, then such that the kernel hands out only as it is written to."""
-    if count < LARGE_BYTES:
+    if count <= CHUNK_BYTES:
         return memoryview(bytearray(count))
     try:
         return memoryview(mmap.mmap(-1, count))
@@ -420,6 +444,24 @@ class _Stream:
             self._fill(chunk, what)
             sums.append(checksum(chunk))
         return sums
+
+    def decompress(self, part: Part, frame: Decompression) -> tuple[list[int], DecodeError | None]:
+        """The checksum of each stored MiB, and what the frame refused.
+
+        That comes second: where the bytes are damaged, their checksums will tell it better.
+        """
+        sums = []
+        error = None
+        memory = memoryview(bytearray(min(CHUNK_BYTES, part.end - part.start)))
+        for start in range(part.start, part.end, CHUNK_BYTES):
+            chunk = memory[: min(CHUNK_BYTES, part.end - start)]
+            sums += self.take_into(chunk, part)
+            try:
+                if error is None:
+                    frame.feed(chunk)
+            except DecodeError as refused:
+                error = refused
+        return sums, error
 
     def skip_zeros(self, count: int, what: object) -> None:
         if any(self.take(count, what)):

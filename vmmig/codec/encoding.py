@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from xxhash import xxh3_64_intdigest as checksum
 
+from vmmig.codec.compression import compress_each, level_of
 from vmmig.codec.layout import (
     ALIGNMENT_BYTES,
     CHUNK_BYTES,
@@ -31,24 +32,35 @@ class WritableStream(Protocol):
         """As `io.RawIOBase.write`."""
 
 
-def dumps(snapshot: Snapshot) -> bytes:
+def dumps(snapshot: Snapshot, *, compression: str | None = None) -> bytes:
     """The container of a snapshot, as bytes.
+
+    Args:
+        snapshot: The tree.
+        compression: As for `encode`.
 
     Raises:
         SnapshotError: The tree is not valid; see `vmmig.snapshot.flatten`.
+        MissingExtraError: The library for the compression is not installed.
 
     >>> from vmmig.codec import loads
     >>> loads(dumps(Snapshot("vm")))
     Snapshot('vm')
     """
-    chunks = [*encode(snapshot)]
+    chunks = [*encode(snapshot, compression=compression)]
     return chunks[0] if len(chunks) == 1 and type(chunks[0]) is bytes else b"".join(chunks)
 
 
-def dump(snapshot: Snapshot, stream: WritableStream) -> None:
+def dump(snapshot: Snapshot, stream: WritableStream, *, compression: str | None = None) -> None:
     """Write the container of a snapshot to a stream in one pass, without holding a copy of it.
 
+    Args:
+        snapshot: The tree.
+        stream: A binary file, a pipe, a socket's ``makefile("wb")``; it must block.
+        compression: As for `encode`.
+
     Raises:
+        MissingExtraError: The library for the compression is not installed.
         SnapshotError: The tree is not valid.
         MigratableError: The stream failed.
 
@@ -58,7 +70,7 @@ def dump(snapshot: Snapshot, stream: WritableStream) -> None:
     >>> stream.getvalue() == dumps(Snapshot("vm"))
     True
     """
-    for chunk in encode(snapshot):
+    for chunk in encode(snapshot, compression=compression):
         view = memoryview(chunk)
         try:
             while view.nbytes:
@@ -165,21 +177,34 @@ class _Large(NamedTuple):
         return NOT_STORED if self.stored is None else self.stored.nbytes
 
 
-def encode(snapshot: Snapshot, *, detach: Callable[[memoryview], bool] | None = None) -> Encoding:
+def encode(
+    snapshot: Snapshot,
+    *,
+    compression: str | None = None,
+    detach: Callable[[memoryview], bool] | None = None,
+) -> Encoding:
     """The container of a snapshot, ready to be written.
 
     Args:
         snapshot: The tree.
+        compression: ``"zstd"``, or ``"zstd:1"`` to ``"zstd:19"`` for a level other than 1:
+            compress each section of 64 KiB or more that gets smaller by a sixteenth at least.
+            That is done now, for the index says how much is left; what does not fit in 64 MiB
+            is held in a temporary file without a name. Equal trees give equal bytes where the
+            library has the same version.
         detach: Asked for each section of 64 KiB or more: whether its bytes go another way, for
             instance as a descriptor of the memory that holds them. They then are not in the
             container but in `Encoding.detached`, and whoever loads it must have them.
 
     Raises:
-        SnapshotError: The tree is not valid; see `vmmig.snapshot.flatten`.
+        SnapshotError: The tree is not valid; see `vmmig.snapshot.flatten`. Or ``detach``
+            failed, or the temporary file could not be written.
+        MissingExtraError: The library for the compression is not installed.
 
     >>> encode(Snapshot("vm")).total_bytes
     128
     """
+    level = None if compression is None else level_of(compression)
     columns = flatten(snapshot)
     if len(columns.ids) + len(columns.section_ids) > MAX_NODES:
         raise SnapshotError(f"it has more than {MAX_NODES} nodes and sections")
@@ -192,6 +217,23 @@ def encode(snapshot: Snapshot, *, detach: Callable[[memoryview], bool] | None = 
         lengths = [p.nbytes if type(p) is memoryview else len(p) for p in small]
     if lengths and max(lengths) >= LARGE_BYTES:
         views = [memoryview(p) for p in small if len(p) >= LARGE_BYTES]
-        large = [_Large(view, None if detach and detach(view) else view) for view in views]
+        large = _stored(views, level, detach)
         small = [p for p in small if len(p) < LARGE_BYTES]
     return Encoding(columns._replace(payloads=lengths), small, large)
+
+
+def _stored(
+    views: list[memoryview], level: int | None, detach: Callable[[memoryview], bool] | None
+) -> list[_Large]:
+    try:
+        apart = [detach is not None and detach(view) for view in views]
+    except Exception as error:
+        raise SnapshotError(f"what should be detached cannot be told: {error!r}") from error
+    stored = [view for view, is_apart in zip(views, apart, strict=True) if not is_apart]
+    if level is not None:
+        stored = compress_each(stored, level)
+    rest = iter(stored)
+    return [
+        _Large(view, None if is_apart else next(rest))
+        for view, is_apart in zip(views, apart, strict=True)
+    ]

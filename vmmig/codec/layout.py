@@ -18,7 +18,13 @@ from xxhash import xxh3_64_intdigest as checksum
 
 from vmmig import __version__
 from vmmig.codec.converter import make_converter
-from vmmig.errors import DecodeError, MigratableError, MigrateReceiveError, SnapshotError
+from vmmig.errors import (
+    DecodeError,
+    MigratableError,
+    MigrateReceiveError,
+    MissingExtraError,
+    SnapshotError,
+)
 from vmmig.snapshot import MAX_NODES, Buffer, Columns, raw_view
 
 MAGIC = b"\x89VMSNAP\n"
@@ -132,7 +138,7 @@ def blaming(header: Header) -> Iterator[None]:
     except DecodeError as error:
         error.version, error.writer = header.version, header.writer
         raise
-    except MigrateReceiveError:
+    except (MigrateReceiveError, MissingExtraError):
         raise
     except Exception as error:
         cause = error.cause if isinstance(error, MigratableError) else error
