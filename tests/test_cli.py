@@ -7,6 +7,7 @@ import os
 import pty
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -227,6 +228,70 @@ def test_a_signal_while_bytes_come_ends_it_and_leaves_nothing(
         assert process.wait(60) == status
         assert process.stderr.read() == b"vmmig: cancelled\n"
     assert not [*tmp_path.iterdir()]
+
+
+@contextmanager
+def stalling_server() -> Iterator[tuple[str, socket.socket]]:
+    """An http URL, and the socket that listens there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(60)
+        yield f"http://me:secret@127.0.0.1:{listener.getsockname()[1]}/vm", listener
+
+
+def request(connection: socket.socket) -> bytes:
+    connection.settimeout(60)
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += connection.recv(1 << 10)
+    return head
+
+
+def lines_until(stage: str, url: str, process: subprocess.Popen[bytes]) -> None:
+    while (line := json.loads(process.stdout.readline()))["stage"] != stage or line["url"] != url:
+        pass
+
+
+@pytest.mark.parametrize(("signal_number", "status"), SIGNALS)
+def test_a_signal_ends_a_send_to_a_server_that_stalls(signal_number, status, saved, tmp_path):
+    (tmp_path / "token").write_text("very-secret")
+    words = ["--json", "--verbose", "--timeout", "600", "--token-file", tmp_path / "token"]
+    with stalling_server() as (url, listener):
+        plain = url.replace("me:secret@", "")
+        with started("send", saved, plain, *words) as process:
+            connection, _ = listener.accept()
+            with connection:
+                assert b"Bearer very-secret" in request(connection)
+                lines_until("transferring", plain, process)
+                process.send_signal(signal_number)
+                assert process.wait(60) == status
+            assert process.stderr.read().decode().splitlines()[0] == (
+                f"vmmig: Failed to send migratable component snapshot: '{plain}': cancelled"
+            )
+
+
+@pytest.mark.parametrize(("signal_number", "status"), SIGNALS)
+def test_a_signal_ends_a_recv_in_its_midst_and_keeps_the_old_file(
+    signal_number, status, saved, tmp_path
+):
+    copy = tmp_path / "copy.vmsnap"
+    copy.write_bytes(b"old")
+    with (
+        stalling_server() as (url, listener),
+        started("recv", url, copy, "--json", "--timeout", "600") as process,
+    ):
+        connection, _ = listener.accept()
+        with connection:
+            request(connection)
+            head = f"HTTP/1.1 200 OK\r\nContent-Length: {saved.stat().st_size}\r\n\r\n"
+            connection.sendall(head.encode() + saved.read_bytes()[:100_000])
+            lines_until("transferring", url.replace("me:secret", "***"), process)
+            process.send_signal(signal_number)
+            assert process.wait(60) == status
+        error = process.stderr.read()
+        assert error.endswith(b": cancelled\n")
+        assert b"secret" not in error + process.stdout.read()
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.vmsnap"]
+    assert copy.read_bytes() == b"old"
 
 
 def test_a_signal_that_is_ignored_stays_ignored(saved, tmp_path):

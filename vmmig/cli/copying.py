@@ -198,7 +198,8 @@ def _deliver(
 ) -> None:
     from vmmig import codec, transport
 
-    pieces = (data[at : at + codec.CHUNK_BYTES] for at in range(0, len(data), codec.CHUNK_BYTES))
+    # A list, for a transport that tries again iterates again.
+    pieces = [data[at : at + codec.CHUNK_BYTES] for at in range(0, len(data), codec.CHUNK_BYTES)]
     size_bytes, cancel = len(data), signals.token
     if destination != _PIPE:
         transport.send(
