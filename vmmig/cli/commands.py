@@ -6,6 +6,7 @@ import click
 
 from vmmig import __version__
 from vmmig.cli.demo import demo, run
+from vmmig.cli.serve import serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -16,3 +17,4 @@ def vmmig() -> None:
 
 vmmig.add_command(demo)
 vmmig.add_command(run)
+vmmig.add_command(serve)
