@@ -170,6 +170,16 @@ class _Bounded(io.RawIOBase):
         super().close()
 
 
+class _Lines(io.BufferedReader):
+    """Whose lines, of headers and of chunks' sizes, are whole; http.client takes cut ones too."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size:
+            raise http.client.RemoteDisconnected("the connection ended within the answer")
+        return line
+
+
 class _Response(http.client.HTTPResponse):
     def __init__(
         self, sock: socket.socket, debuglevel: int = 0, method: Any = None, url: Any = None
@@ -178,7 +188,7 @@ class _Response(http.client.HTTPResponse):
         timeout_s = sock.gettimeout()
         assert timeout_s is not None
         self._bounded = _Bounded(self.fp.detach(), sock, timeout_s)
-        self.fp = io.BufferedReader(self._bounded, 1 << 16)
+        self.fp = _Lines(self._bounded, 1 << 16)
 
     def begin(self) -> None:
         super().begin()
