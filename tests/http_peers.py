@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -116,11 +116,14 @@ def hang(sock: socket.socket) -> None:
 
 @contextmanager
 def serving(
-    folder: Path, *options: str, env: dict[str, str] | None = None
+    folder: Path, *options: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """``vmmig serve`` in a process of its own: its URL, and the process."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "vmmig.cli", "serve", str(folder), "--port", "0", *options],
+        [
+            *(*prefix, sys.executable, "-m", "vmmig.cli"),
+            *("serve", str(folder), "--port", "0", *options),
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import os
 import re
+import socket
 import ssl
 import stat
 import sys
@@ -41,6 +42,7 @@ _PIECE_BYTES = 1 << 20
 _LINE_BYTES = 1 << 12
 _THREADS = 32
 _TIMEOUT_S = 30.0
+_LINGER_S = 2.0
 _SLOWEST_BYTES_PER_S = 1 << 10
 
 _REASONS = {
@@ -422,7 +424,6 @@ class _Input:
         return piece
 
     def _some(self, size: int) -> bytes:
-        self._came_bytes += 0
         if self._rfile.has_data():
             piece: bytes = self._rfile.read(min(size, len(self._rfile.peek(1))))
         else:
@@ -467,6 +468,11 @@ class _Gateway(wsgi.Gateway_10):
         return write
 
     def respond(self) -> None:
+        self._respond()
+        if not self.req.rfile.at_end:
+            _linger(self.req.conn.socket)
+
+    def _respond(self) -> None:
         request = self.req
         body = request.server.wsgi_app(self.env, self.start_response)
         if not isinstance(body, FilePart) or isinstance(request.conn.socket, ssl.SSLSocket):
@@ -495,6 +501,17 @@ class _Gateway(wsgi.Gateway_10):
             raise
         finally:
             body.close()
+
+
+def _linger(sock: Any) -> None:
+    """Drop what still comes, for a while: a reset would drop the answer (RFC 9112, 9.6)."""
+    end_s = time.monotonic() + _LINGER_S
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        while (left_s := end_s - time.monotonic()) > 0:
+            sock.settimeout(left_s)
+            if not sock.recv(_PIECE_BYTES):
+                break
 
 
 def _send_all(sock: Any, piece: bytes) -> None:
