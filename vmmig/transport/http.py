@@ -32,6 +32,7 @@ import select
 import socket
 import ssl
 import stat
+import sys
 import threading
 import time
 import weakref
@@ -238,10 +239,11 @@ class _Connection(http.client.HTTPConnection):
         """Each write has the time limit for itself; that of sendall is for all it sends."""
         if self.sock is None:
             self.connect()
+        sock: socket.socket = cast(Any, self.sock)
         view = memoryview(data)
         while view:
             try:
-                view = view[self.sock.send(view) :]
+                view = view[sock.send(view) :]
             except TimeoutError:
                 if self.is_answered():
                     raise _AnsweredError from None
@@ -410,14 +412,16 @@ class _Pool:
         if response.status not in (301, 302, 303, 307, 308):
             return None
         where = response.headers.get("Location", "")
+        target, origin = "", None
         try:
             base = f"{self.scheme}://{self._headers['Host']}{self.target}"
             parts = urlsplit(urljoin(base, where))
             scheme = parts.scheme.lower()
             port = parts.port or (443 if scheme == "https" else 80)
             origin = (scheme, parts.hostname or "", port)
+            target = _target(parts.path, parts.query)
         except ValueError:
-            origin = None
+            pass
         said = f"{response.status} redirects to {_escaped(shown_url(where))!r}"
         if origin is None or not where:
             raise self.transfer.failure(f"{said}, which is no URL")
@@ -426,7 +430,7 @@ class _Pool:
         if method == "PUT" and response.status not in (307, 308):
             raise self.transfer.failure(f"{said}, not for a PUT; name that URL")
         _drain(response)
-        return _target(parts.path, parts.query)
+        return target
 
 
 class _Tries:
@@ -561,9 +565,9 @@ class _Memory:
                 f"it has {size_bytes} bytes, of {self._transfer.max_bytes} allowed"
             )
         try:
-            if not hasattr(mmap, "MAP_NORESERVE"):
+            if sys.platform != "linux":
                 return mmap.mmap(-1, max(size_bytes, 1))
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             mapped = mmap.mmap(-1, max(size_bytes, 1), flags=flags)
             with suppress(OSError):
                 mapped.madvise(mmap.MADV_HUGEPAGE)
