@@ -248,6 +248,16 @@ class Transfer:
         error.__cause__ = cause if harmless and isinstance(cause, BaseException) else None
         return error
 
+    def hide(self, *secrets: str) -> None:
+        """Let no error show these texts: credentials in another form than they were given.
+
+        >>> transfer = Transfer("http://me:p%40ss@host/vm", MigratableError)
+        >>> transfer.hide("p@ss")
+        >>> transfer.hidden("p@ss is wrong")
+        '*** is wrong'
+        """
+        self._secrets += [secret for secret in secrets if len(secret) > 1]
+
     def hidden(self, text: str) -> str:
         """``text`` without this transfer's credentials."""
         for secret in sorted(self._secrets, key=len, reverse=True):

@@ -8,6 +8,7 @@ from vmmig import __version__
 from vmmig.cli.console import Group, verbose
 from vmmig.cli.copying import recv, send
 from vmmig.cli.demo import demo, run
+from vmmig.cli.serve import serve
 
 _EPILOG = """\b
 Exit status:
@@ -41,5 +42,5 @@ def vmmig() -> None:
     """
 
 
-for _command in (demo, run, send, recv):
+for _command in (demo, run, send, recv, serve):
     vmmig.add_command(verbose(_command))
