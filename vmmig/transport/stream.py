@@ -159,7 +159,14 @@ def _send_all(
         raise transfer.failure("the size must be known before it is sent; give total_bytes")
     hello = _HELLO.pack(_MAGIC, _VERSION, 0, len(descriptors), transfer.total_bytes)
     sockets.send_all(sock, [hello, _checksum(hello)])
-    _await_answer(sock, _GO_ON)
+    try:
+        _await_answer(sock, _GO_ON)
+    except ConnectionError as error:
+        if "tls" in transfer.options:
+            raise
+        raise ConnectionError(
+            f"{error}, before it accepted anything; if it speaks TLS, give the option tls"
+        ) from error
     transfer.enter("transferring")
     digest = xxh3_64()
     for first in range(0, len(descriptors), sockets.MAX_DESCRIPTORS):
