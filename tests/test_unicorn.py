@@ -19,8 +19,10 @@ from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
 
 from vmmig.adapters import guest, unicorn
 from vmmig.errors import MigratableError, PauseError, RestoreError, SnapshotError
+from vmmig.guest_memory import GuestMemory
+from vmmig.sealed import descriptor_of, map_sealed
 from vmmig.snapshot import Snapshot, SnapshotDataSection, diff
-from vmmig.traits import Migratable, Snapshottable
+from vmmig.traits import LiveMigratable, Migratable, Snapshottable
 
 KIB = 1 << 10
 POWER_OFF = bytes.fromhex("66ba0406 66b80020 66ef f4")  # mov dx, 0x604; mov ax, 1 << 13; out; hlt
@@ -377,6 +379,59 @@ def test_ram_of_another_size_is_refused_and_the_machine_is_as_before():
     assert machine.snapshot() == before
 
 
+# --- the dirty log -----------------------------------------------------------------------------
+
+
+def test_a_machine_logs_what_its_guest_writes_while_it_runs():
+    # next: mov [rdi], rdi; add rdi, 0x3000; cmp rdi, rsi; jb next
+    code = bytes.fromhex("48893f 4881c700300000 4839f7 72f1") + POWER_OFF
+    machine = unicorn.Machine(4096 * KIB, output=id)
+    assert isinstance(machine, LiveMigratable)
+    machine.boot(code, gpa=0x1000, rdi=0x10010, rsi=0x3F0000)
+    machine.start_migration()
+    machine.start_dirty_log()
+    machine.resume()
+    assert machine.wait(PATIENCE_S)
+    machine.pause()
+    expected = [(gpa & -4096, 4096) for gpa in range(0x10010, 0x3F0000, 0x3000)]
+    assert [*machine.dirty_log().pairs()] == expected
+    assert len(machine.dirty_log()) == 0
+    machine.complete_migration()
+    assert machine.ram.guest_memory.dirty_log_backend is None
+
+
+@pytest.mark.parametrize("backend", ["pagemap", "shadow"])
+def test_ram_copied_by_the_dirty_log_from_a_guest_that_runs_is_its_ram(backend):
+    machine = sha_machine(bytearray(), 1024 * KIB, 3)
+    source = machine.ram.guest_memory
+    if backend == "shadow":
+        # Another mapping of the same memory: to compare, it need not be the one written to.
+        parts = [(region.range, region.fd) for region in source.regions]
+        source = GuestMemory.from_fds(parts, dirty_log_backend=backend)
+    destination = GuestMemory(source.ranges)
+
+    def copy(table):
+        for view, new in zip(destination.views(table), source.views_to_send(table), strict=True):
+            view[:] = new
+
+    source.start_dirty_log()
+    copy(source.nonzero())
+    machine.resume()
+    while not machine.wait(0):
+        copy(source.dirty_log())
+    machine.pause()
+    copy(source.dirty_log())
+    assert bytes(destination.regions[0].memory) == bytes(machine.ram.memory)
+
+
+def test_a_snapshot_of_ram_can_be_handed_over_by_its_descriptor():
+    machine = sha_machine(bytearray())
+    saved = machine.snapshot().find("ram").section("0x0").snapshot
+    fd, offset, length = descriptor_of(saved)
+    assert (offset, length) == (0, 256 * KIB)
+    assert bytes(map_sealed(fd, length)) == bytes(machine.ram.memory)
+
+
 # --- the end, and failures ---------------------------------------------------------------------
 
 
@@ -467,7 +522,7 @@ def test_a_program_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize(
     ("ram_bytes", "what"),
-    [(0, "whole pages"), (1000, "whole pages"), (-4096, "whole pages"), (1 << 62, "no room")],
+    [(0, "whole pages"), (1000, "whole pages"), (-4096, "64 bits"), (1 << 62, "no room")],
 )
 def test_ram_that_cannot_be_is_refused(ram_bytes, what):
     with pytest.raises(MigratableError, match=what):

@@ -150,6 +150,8 @@ class Transfer:
         shown_url: The URL without credentials, for errors and progress.
         attached: Sections whose bytes travel beside the container as descriptors: those that
             are sent; those that came.
+        takes_attached: Whether such sections may come; else they must be refused before
+            anything is confirmed.
 
     >>> transfer = Transfer("http://me:secret@host/vm?sig=abc", MigratableError)
     >>> transfer.failure(ValueError("GET /vm?sig=abc with me:secret was refused"))
@@ -177,6 +179,7 @@ class Transfer:
         self.options: Options = options or {}
         self.timeout_s: float = self.options.get("timeout_s", 60.0)
         self.attached: list[memoryview] = []
+        self.takes_attached = False
         self.done_bytes = 0
         self.stage: Stage = "connecting"
         self.shown_url, self._secrets = _without_credentials(url)
@@ -185,6 +188,8 @@ class Transfer:
         self._progress = progress
         self._began_s = time.monotonic()
         self._next_report_s = 0.0
+        if not isinstance(self.timeout_s, (int, float)) or not self.timeout_s >= 0:
+            raise self.failure(f"timeout_s is {self.timeout_s!r}; it must be seconds, 0 or more")
 
     def enter(self, stage: Stage) -> None:
         """The transfer is at this stage now.

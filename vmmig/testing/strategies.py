@@ -119,10 +119,10 @@ def memory_ranges(
     if max_gpa > _MAX_64:
         raise InvalidArgument(f"max_gpa={max_gpa} is not within 64 bits")
     pages = (max_gpa + 1) // page_bytes
-    lengths = st.integers(0, min(max_length // page_bytes, pages))
+    lengths = st.integers(0, min(max_length // page_bytes, pages, _MAX_64))
 
     def ranges(length: int) -> st.SearchStrategy[MemoryRange]:
-        last = pages - length
+        last = max(0, pages - max(length, 1))
 
         def at(page: int, from_the_end: bool) -> MemoryRange:
             page = last - page if from_the_end else page

@@ -14,6 +14,7 @@ from vmmig.adapters.unicorn.ram import Ram
 from vmmig.adapters.unicorn.vcpu import Vcpu
 from vmmig.composite import Composite
 from vmmig.errors import MigratableError
+from vmmig.memory import MemoryRangeTable
 from vmmig.snapshot import Snapshot
 
 
@@ -85,6 +86,25 @@ class Machine(Composite):
     def wait(self, timeout_s: float | None = None) -> bool:
         """As `Vcpu.wait`."""
         return self.vcpu.wait(timeout_s)
+
+    def start_dirty_log(self) -> None:
+        """As `GuestMemory.start_dirty_log`, for the machine's RAM."""
+        self.ram.start_dirty_log()
+
+    def dirty_log(self) -> MemoryRangeTable:
+        """As `GuestMemory.dirty_log`, for the machine's RAM."""
+        return self.ram.dirty_log()
+
+    def stop_dirty_log(self) -> None:
+        """As `GuestMemory.stop_dirty_log`, for the machine's RAM."""
+        self.ram.stop_dirty_log()
+
+    def start_migration(self) -> None:
+        """Nothing: a machine that is being migrated runs as any other."""
+
+    def complete_migration(self) -> None:
+        """End the dirty log, if there is one."""
+        self.ram.stop_dirty_log()
 
 
 class _Device(Protocol):

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
-from contextlib import suppress
 from typing import Any
 
 from unicorn import UC_PROT_ALL, UcError  # type: ignore[attr-defined]
 from unicorn.unicorn_const import UC_CTL_IO_WRITE, UC_CTL_TLB_FLUSH
 
 from vmmig.errors import MigratableError, RestoreError, SnapshotError
-from vmmig.memory import PAGE_BYTES
+from vmmig.guest_memory import GuestMemory
+from vmmig.memory import MemoryRange, MemoryRangeTable
+from vmmig.sealed import sealed_copy
 from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
 
 
 class Ram:
     """RAM from guest-physical address ``gpa`` on, shared with the engine without a copy.
 
+    Its dirty log has what the guest stores, and what is stored from outside.
+
     Args:
         uc: The engine, in which the RAM is mapped.
         size_bytes: A multiple of the page's size.
+
+    Attributes:
+        guest_memory: The memory itself, for a migration to read and to write.
+        memory: All its bytes, as a view.
 
     Raises:
         MigratableError: It is no such multiple, or the host or the engine has no room for it.
@@ -32,29 +36,25 @@ class Ram:
     >>> saved = ram.snapshot()
     >>> ram.memory[0x1000:0x1004] = bytes(4)
     >>> ram.restore(saved)
-    >>> ram.memory[0x1000:0x1004]
+    >>> bytes(ram.memory[0x1000:0x1004])
     b'code'
     """
 
     def __init__(self, uc: Any, size_bytes: int, *, gpa: int = 0, id: str = "ram") -> None:
-        if size_bytes <= 0 or size_bytes % PAGE_BYTES or gpa % PAGE_BYTES:
-            raise MigratableError(
-                f"RAM of {size_bytes} bytes at {gpa:#x} is not made of whole pages "
-                f"of {PAGE_BYTES} bytes"
-            )
         self._id = id
         self._section = f"{gpa:#x}"
         self._uc = uc
+        self.guest_memory = GuestMemory([MemoryRange(gpa, size_bytes)])
+        (region,) = self.guest_memory.regions
+        self.memory = region.memory
         try:
-            self.memory = _shareable(size_bytes)
-            self._shared = (ctypes.c_char * size_bytes).from_buffer(self.memory)
-            uc.mem_map_ptr(gpa, size_bytes, UC_PROT_ALL, ctypes.addressof(self._shared))
-            # The engine's thread may outlive this object: the memory lives as long as the engine.
-            uc.guest_memory = [*getattr(uc, "guest_memory", ()), self._shared]
-        except (OSError, OverflowError, UcError) as error:
+            uc.mem_map_ptr(gpa, size_bytes, UC_PROT_ALL, region.address)
+        except UcError as error:
             raise MigratableError(
                 f"there is no room for {size_bytes} bytes of RAM at {gpa:#x}: {error}"
             ) from error
+        # The engine's thread may outlive this object: the memory lives as long as the engine.
+        uc.guest_memory = [*getattr(uc, "guest_memory", ()), region]
 
     def id(self) -> str:
         """The component's id."""
@@ -70,21 +70,17 @@ class Ram:
         """One section, named by the address: a copy of all bytes.
 
         A copy, because nothing else is a value: the guest's next store must not show in it. It
-        is made into huge pages, which takes a third of the time of making a `bytes`.
+        is sealed, so that another process can be given it by its descriptor.
 
         Raises:
             SnapshotError: The host has no memory for the copy.
         """
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         try:
-            copy = mmap.mmap(-1, len(self.memory), flags=flags)
-        except OSError as error:
+            copy = sealed_copy(self.memory)
+        except MigratableError as error:
             raise SnapshotError(error) from error
-        with suppress(OSError):
-            copy.madvise(mmap.MADV_HUGEPAGE)
-        copy[:] = self.memory
         snapshot = Snapshot(self._id)
-        snapshot.add_data_section(SnapshotDataSection(self._section, memoryview(copy).toreadonly()))
+        snapshot.add_data_section(SnapshotDataSection(self._section, copy))
         return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -102,15 +98,17 @@ class Ram:
         self.memory[:] = view
         forget_translations(self._uc)
 
+    def start_dirty_log(self) -> None:
+        """As `GuestMemory.start_dirty_log`."""
+        self.guest_memory.start_dirty_log()
 
-def _shareable(size_bytes: int) -> mmap.mmap:
-    """Memory that another process can be given, as a file descriptor."""
-    descriptor = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(descriptor, size_bytes)
-        return mmap.mmap(descriptor, size_bytes)
-    finally:
-        os.close(descriptor)
+    def dirty_log(self) -> MemoryRangeTable:
+        """As `GuestMemory.dirty_log`."""
+        return self.guest_memory.dirty_log()
+
+    def stop_dirty_log(self) -> None:
+        """As `GuestMemory.stop_dirty_log`."""
+        self.guest_memory.stop_dirty_log()
 
 
 def forget_translations(uc: Any) -> None:

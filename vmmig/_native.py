@@ -1,0 +1,141 @@
+"""What memory needs of C: addresses, libc, and mappings of descriptors."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from typing_extensions import Buffer
+
+MFD_CLOEXEC, MFD_ALLOW_SEALING = 1, 2
+F_ADD_SEALS, F_GET_SEALS = 1033, 1034
+F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE = 1, 2, 4, 8
+
+
+class _PyBuffer(ctypes.Structure):
+    """``Py_buffer``, part of Python's stable ABI since 3.11."""
+
+    _fields_ = [
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_void_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    ]
+
+
+def address_of(buffer: Buffer) -> int:
+    """Where a contiguous buffer, perhaps a read-only one, lies in this process's memory.
+
+    Raises:
+        BufferError: It is not contiguous.
+
+    >>> data = bytearray(b"abc")
+    >>> address_of(memoryview(data)[1:]) - address_of(data)
+    1
+    """
+    held = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(buffer), ctypes.byref(held), 0)
+    try:
+        return held.buf or 0
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(held))
+
+
+@cache
+def libc() -> Any:
+    """The C library; its functions run without the interpreter's lock.
+
+    >>> libc().memcmp(b"a", b"a", 1)
+    0
+    """
+    library: Any = ctypes.CDLL(None if os.name == "posix" else "msvcrt", use_errno=True)
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    library.memcmp.argtypes = pointer, pointer, size
+    library.memmove.argtypes = pointer, pointer, size
+    library.memset.argtypes = pointer, ctypes.c_int, size
+    library.memmove.restype = library.memset.restype = pointer
+    if os.name == "posix":
+        library.madvise.argtypes = pointer, size, ctypes.c_int
+        library.syscall.restype = ctypes.c_long
+    return library
+
+
+def madvise(address: int, length: int, advice: int) -> None:
+    """As C's, without the interpreter's lock.
+
+    Raises:
+        OSError: The kernel refuses it.
+
+    >>> page = mmap.mmap(-1, mmap.PAGESIZE)
+    >>> madvise(address_of(page), len(page), 0)
+    """
+    if libc().madvise(address, length, advice):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The (start, end) of what is no hole in a file's bytes from ``start`` to ``end``.
+
+    Raises:
+        OSError: The file system does not say.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryFile() as file:
+    ...     file.write(b"abc"), file.flush(), [*data_of(file.fileno(), 1, 2)]
+    (3, None, [(1, 2)])
+    """
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        hole = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+        if start < hole:
+            yield start, hole
+        start = hole
+
+
+class FileMapping(mmap.mmap):
+    """A mapping with the descriptor of what it maps, which lives as long as the mapping.
+
+    >>> with open(__file__, "rb") as file:
+    ...     mapping = FileMapping(file.fileno(), 100, prot=mmap.PROT_READ)
+    >>> os.fstat(mapping.fileno()).st_size > 100
+    True
+    """
+
+    _fd = -1
+
+    def __new__(cls, fd: int, length: int, **options: Any) -> Self:
+        if sys.version_info >= (3, 13):
+            options["trackfd"] = False
+        mapping = super().__new__(cls, fd, length, **options)
+        mapping._fd = os.dup(fd)
+        return mapping
+
+    def fileno(self) -> int:
+        """The descriptor: a borrowed one, not to be closed."""
+        return self._fd
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
