@@ -58,9 +58,10 @@ def test_type_checkers_see_the_names_that_are_there() -> None:
 
 
 def test_nothing_on_the_way_in_can_run_code() -> None:
-    source = (ROOT / "vmmig" / "codec.py").read_text()
+    sources = [path.read_text() for path in (ROOT / "vmmig" / "codec").glob("*.py")]
+    assert len(sources) > 1
     for word in ("pickle", "eval(", "exec(", "import_module", "__import__"):
-        assert word not in source
+        assert not any(word in source for source in sources)
 
 
 def test_every_public_name_is_there() -> None:

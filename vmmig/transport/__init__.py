@@ -48,8 +48,8 @@ class Transport(Protocol):
     Attributes:
         OPTIONS: The names of the `vmmig.transfer.Options` it takes; it has this attribute only
             if there are any.
-        HANDS_OVER: True where ``transfer.attached`` travels as descriptors, beside the chunks;
-            else it has no such attribute.
+        HANDS_OVER: Those of its schemes where ``transfer.attached`` travels as descriptors,
+            beside the chunks; it has this attribute only if there are any.
     """
 
     def send(self, chunks: Iterable[Buffer], transfer: Transfer, /) -> None:
@@ -66,6 +66,7 @@ class Transport(Protocol):
         Every failure is raised as a `MigrateReceiveError`, by ``transfer.failure``; more than
         ``transfer.max_bytes`` are refused before memory is spent on them.
         """
+        ...
 
 
 _MODULES = {
@@ -191,12 +192,11 @@ a file of this name is './carrier-pigeon:vm'
         options=options,
     )
     transport = _transport(transfer)
+    transfer.takes_attached = attached is not None
     transfer.enter("connecting")
     data = transport.recv(transfer)
     if attached is not None:
         attached += transfer.attached
-    elif transfer.attached:
-        raise transfer.failure("it came with descriptors, which are not expected here")
     transfer.finish()
     return data
 
@@ -207,12 +207,17 @@ def hands_over(url: str | os.PathLike[str]) -> bool:
     >>> hands_over("unix:/run/vm.sock"), hands_over("vm.vmsnap")
     (True, False)
     """
-    return getattr(_transport(Transfer(url, MigrateSendError)), "HANDS_OVER", False)
+    transport = _transport(Transfer(url, MigrateSendError))
+    return _scheme_of(url) in getattr(transport, "HANDS_OVER", ())
+
+
+def _scheme_of(url: str | os.PathLike[str]) -> str:
+    match = SCHEME.match(url) if isinstance(url, str) else None
+    return match[1].lower() if match else "file"
 
 
 def _transport(transfer: Transfer) -> Transport:
-    match = SCHEME.match(transfer.url) if isinstance(transfer.url, str) else None
-    scheme = match[1].lower() if match else "file"
+    scheme = _scheme_of(transfer.url)
     transport = _of_scheme(scheme, transfer)
     taken: frozenset[str] = getattr(transport, "OPTIONS", frozenset())
     for name in transfer.options:
