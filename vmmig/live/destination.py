@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ from vmmig.transfer import CancelToken, shown_url
 from vmmig.verify import verify
 
 _PIECE_BYTES = 64 << 20
+_HANDSHAKE_S = 2.0
 
 _C = TypeVar("_C", bound=PrecopyMigratable)
 
@@ -146,7 +148,7 @@ class _Destination:
     def run(self, listening: Callable[[str], object] | None) -> PrecopyMigratable:
         try:
             self.record.abort_pending()
-            self.listener = sockets.Listener(self.url)
+            self.listener = sockets.Listener(self.url, tls=self.tls)
         except (MigratableError, OSError) as error:
             raise self._failure(error) from error
         try:
@@ -209,13 +211,14 @@ class _Destination:
 
     def _accept_main(self, timeout_s: float) -> None:
         try:
-            sock = self.listener.accept(timeout_s)
+            sock = self.listener.accept(timeout_s=timeout_s, cancel=self.cancel)
+            sockets.set_timeout(sock, self.timeout_s)
         except TimeoutError:
             raise MigrateReceiveError(
                 f"no source came within {self.timeout_s:g} s; start it, or allow a longer timeout_s"
             ) from None
         connection = Connection(Role.RECEIVER, limits=self.limits)
-        self.main = Link(sock, connection, timeout_s=self.timeout_s)
+        self.main = Link(sock, connection)
         if self.cancel.cancelled:
             raise MigrateReceiveError("cancelled")
 
@@ -249,7 +252,9 @@ class _Destination:
             ConnectionState.CONFIGURED,
             ConnectionState.STATE_RECEIVED,
         ):
-            ready = sockets.readable(main.sock, self.listener, timeout_s=self.timeout_s)
+            if main.is_readable():
+                break
+            ready, _, _ = select.select([main.sock, self.listener], [], [], self.timeout_s)
             if not ready:
                 raise TimeoutError(f"the source did nothing for {self.timeout_s:g} s")
             if self.listener in ready:
@@ -260,15 +265,19 @@ class _Destination:
 
     def _accept_further(self) -> None:
         assert self.main is not None
-        sock = self.listener.accept(self.timeout_s)
+        try:
+            sock = self.listener.accept(timeout_s=_HANDSHAKE_S, cancel=self.cancel)
+        except OSError:
+            return
+        sockets.set_timeout(sock, self.timeout_s)
         if self.main.connection.state is ConnectionState.CONFIGURED:
-            link = Link(sock, self.main.connection.auxiliary(), timeout_s=self.timeout_s)
+            link = Link(sock, self.main.connection.auxiliary())
             assert self.memory is not None
             self.workers.append(_Worker(link, self.memory))
             return
         # Only a source that has sent Complete, and got no answer, comes now: it has given the
         # main connection up, and what comes there counts no more.
-        self._answer_status(Link(sock, Connection(Role.RECEIVER), timeout_s=self.timeout_s))
+        self._answer_status(Link(sock, Connection(Role.RECEIVER)))
 
     def _fulfil(self, event: Event, fds: list[int]) -> Ok:
         match event:
@@ -438,10 +447,10 @@ class _Destination:
         end_s = time.monotonic() + self.timeout_s
         while (left_s := end_s - time.monotonic()) > 0 and not self.cancel.cancelled:
             try:
-                sock = self.listener.accept(left_s)
+                sock = self.listener.accept(timeout_s=left_s, cancel=self.cancel)
             except OSError:
                 return
-            link = Link(sock, Connection(Role.RECEIVER), timeout_s=left_s)
+            link = Link(sock, Connection(Role.RECEIVER))
             if self._answer_status(link):
                 return
 
@@ -452,7 +461,6 @@ class _Destination:
             self.main.shut_down()
         for worker in self.workers:
             worker.link.shut_down()
-        self.listener.shut_down()
 
     def _tear_down(self) -> None:
         self._shut_down()
