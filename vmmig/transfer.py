@@ -238,14 +238,19 @@ class Transfer:
     def failure(self, cause: object) -> MigratableError:
         """The error to raise: it names the URL and hides the credentials.
 
-        An exception becomes ``__cause__``, unless it shows credentials.
+        An exception becomes ``__cause__``, unless it or what caused it shows credentials.
         """
         if self.cancel.cancelled:
             cause = "cancelled"
         text = str(cause) or type(cause).__name__
         error = self.error(f"{self.shown_url!r}: {self.hidden(text)}")
-        harmless = isinstance(cause, BaseException) and self.hidden(repr(cause)) == repr(cause)
-        error.__cause__ = cause if harmless and isinstance(cause, BaseException) else None
+        error.__cause__ = None
+        if isinstance(cause, BaseException):
+            from traceback import TracebackException
+
+            shown = "".join(TracebackException.from_exception(cause, limit=0).format())
+            if self.hidden(shown + repr(cause)) == shown + repr(cause):
+                error.__cause__ = cause
         return error
 
     def hidden(self, text: str) -> str:
