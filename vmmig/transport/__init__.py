@@ -66,6 +66,7 @@ class Transport(Protocol):
         Every failure is raised as a `MigrateReceiveError`, by ``transfer.failure``; more than
         ``transfer.max_bytes`` are refused before memory is spent on them.
         """
+        ...
 
 
 _MODULES = {
