@@ -116,6 +116,7 @@ class Proxy:
         up_bytes: A connection that brings more than that is stalled, or cut.
         down_bytes: A connection that gets more than that is cut.
         cuts: Whether too much brings a cut, not a stall.
+        left: How many more connections may be stalled or cut for what they bring.
         stalled: Is set when a connection was stalled.
     """
 
@@ -124,6 +125,7 @@ class Proxy:
         self.answer_bytes = 0
         self.up_bytes = self.down_bytes = 1 << 60
         self.cuts = False
+        self.left = 1 << 60
         self.stalled = threading.Event()
         self._to = port
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -160,7 +162,8 @@ class Proxy:
             while data := near.recv(1 << 16):
                 self.requests += data
                 moved_bytes += len(data)
-                if moved_bytes > self.up_bytes:
+                if moved_bytes > self.up_bytes and self.left:
+                    self.left -= 1
                     if not self.cuts:
                         self.stalled.set()
                         return

@@ -220,6 +220,18 @@ def test_a_broken_upload_leaves_the_old_object_and_no_parts(
 
 
 @needs_server
+@pytest.mark.parametrize("mib", [4, 40])
+def test_a_client_that_tries_again_sends_everything_again(
+    server: S3Server, proxy: Proxy, mib: int
+) -> None:
+    proxy.up_bytes, proxy.cuts, proxy.left = 2 * MIB, True, 1
+    options = {**server.options_at(proxy.port), "config_kwargs": {"retries": {"max_attempts": 2}}}
+    transport.send(large(mib), URL, total_bytes=mib * MIB, storage_options=options)
+    assert proxy.left == 0
+    assert transport.recv(URL, storage_options=server.options) == b"".join(large(mib))
+
+
+@needs_server
 def test_an_upload_that_cannot_be_aborted_is_named(tmp_path: Path) -> None:
     with s3_server.s3_server(tmp_path) as server:
         save(OLD, URL, storage_options=server.options)

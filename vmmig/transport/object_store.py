@@ -185,6 +185,9 @@ def _send_to_s3(fs: Any, path: str, chunks: Iterable[Buffer], transfer: Transfer
         raise transfer.failure("it names no object; s3://bucket/key does")
     target = {"Bucket": bucket, "Key": key}
     size_bytes = None
+    # s3fs would try again with a body that has been read, and so replace the object by an empty
+    # one; botocore, below it, tries again from the body's start.
+    fs.retries = 1
     with _Flow(fs.loop, transfer) as flow:
         transfer.enter("transferring")
         total_bytes, part_bytes = transfer.total_bytes, _part_bytes(transfer.total_bytes)
