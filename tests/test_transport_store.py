@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from tests import s3_server
 from tests.s3_server import BUCKET, SECRET, Proxy, S3Server
 from vmmig import transport
+from vmmig.codec import RangeReader
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError, SnapshotError
 from vmmig.transfer import CancelToken, Options, Progress
-from vmmig.transport import RangeReader
 
 if not os.environ.get("CI"):
     pytest.importorskip("s3fs", reason="s3fs is not installed (extra s3)")

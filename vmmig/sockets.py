@@ -215,10 +215,15 @@ def _raise_unless_it_may_come(address: Address, error: OSError) -> None:
             ) from error
     elif error.errno not in _MAY_COME_YET:
         raise error
-    elif address.path:
-        with suppress(OSError):
-            if not stat.S_ISSOCK(os.stat(address.path).st_mode):
-                raise ConnectionError("what is there is no socket; check the path") from error
+    elif address.path and not _may_be_socket(address.path):
+        raise ConnectionError("what is there is no socket; check the path") from error
+
+
+def _may_be_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return True
 
 
 def _connected(address: Address, end_s: float, waker: _Waker) -> socket.socket:
@@ -333,6 +338,7 @@ class Listener:
         self._context = _context(address, tls, is_server=True)
         self._peers: list[_Peer] = []
         self._file: tuple[str, int, int] | None = None
+        self._is_shut_down = False
         self.refusal: str | None = None
         family, place = _places_to_listen(address)
         self._sock = socket.socket(family, socket.SOCK_STREAM)
@@ -414,15 +420,17 @@ class Listener:
                 waits = [(peer.sock, peer.awaited) for peer in self._peers]
                 if waker.wait(left_s, (self._sock, select.POLLIN), *waits):
                     self._let_in()
+                if self._is_shut_down:
+                    raise ConnectionAbortedError("the listener was shut down")
 
     def _let_in(self) -> None:
         try:
             sock, _ = self._sock.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                raise ConnectionAbortedError("the listener was shut down") from error
+        except OSError:
+            if self._is_shut_down:
+                return
             raise
         try:
             sock.setblocking(False)
@@ -462,6 +470,7 @@ class Listener:
 
     def shut_down(self) -> None:
         """Wake who waits in an accept, from any thread; it fails."""
+        self._is_shut_down = True
         shut_down(self._sock)
 
     def close(self) -> None:
@@ -921,7 +930,7 @@ def _explained(error: OSError, verb: str = "sent") -> OSError:
 
 def _explained_by_peer(sock: socket.socket, error: OSError, verb: str) -> OSError:
     """As `_explained`; over TLS the peer may have said why before it ended the connection."""
-    if _is_tls(sock) and isinstance(error, ConnectionError):
+    if _is_tls(sock) and not isinstance(error, TimeoutError):
         try:
             sock.settimeout(0)
             sock.recv(1)

@@ -42,8 +42,6 @@ _REASONS = {
     "WRONG_VERSION_NUMBER": "the other side does not speak TLS; "
     "give both sides the option tls, or none",
     "HTTP_REQUEST": "the other side speaks HTTP, not TLS",
-    "UNEXPECTED_EOF_WHILE_READING": "the other side ended the connection during the TLS "
-    "handshake; check that it speaks TLS, and what it says",
 }
 
 
@@ -84,6 +82,10 @@ def explained(error: OSError) -> str:
     """
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"TLS: {_VERIFY.get(error.verify_code, f'its certificate: {error.verify_message}')}"
+    if isinstance(error, ssl.SSLEOFError):
+        return (
+            "TLS: the other side ended the connection; see what it says, or whether it speaks TLS"
+        )
     reason = str(getattr(error, "reason", None) or "")
     for ending, text in _REASONS.items():
         if reason.endswith(ending):

@@ -188,8 +188,25 @@ class Transfer:
         self._progress = progress
         self._began_s = time.monotonic()
         self._next_report_s = 0.0
+        self._on_accept: Callable[[memoryview], object] | None = None
         if not isinstance(self.timeout_s, (int, float)) or not self.timeout_s >= 0:
             raise self.failure(f"timeout_s is {self.timeout_s!r}; it must be seconds, 0 or more")
+
+    def on_accept(self, callback: Callable[[memoryview], object] | None) -> None:
+        """Let `accept` call this."""
+        self._on_accept = callback
+
+    def accept(self, data: memoryview) -> None:
+        """All is here: see whether the caller accepts it, before the other side is told.
+
+        To call it again does nothing.
+
+        Raises:
+            MigratableError: The caller does not.
+        """
+        callback, self._on_accept = self._on_accept, None
+        if callback is not None:
+            callback(data)
 
     def enter(self, stage: Stage) -> None:
         """The transfer is at this stage now.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from typing import IO, Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,8 +13,13 @@ from vmmig.cli.console import CancelOnSignals, Show, showing_progress
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
 from vmmig.transfer import SCHEME, Options, Progress, Stage, Transfer, shown_url
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from vmmig.snapshot import Snapshot
+
 _PIPE = "-"
-_READ_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
 _TOKEN_VARIABLE = "VMMIG_TOKEN"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -72,7 +77,15 @@ def _with_options(function: _F) -> _F:
 @click.argument("source", type=click.Path(allow_dash=True))
 @click.argument("url")
 @_with_options
-def send(source: str, url: str, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--compress",
+    "compression",
+    is_flag=False,
+    flag_value="zstd",
+    metavar="[zstd:LEVEL]",
+    help="Compress what is large and shrinks, by Zstandard; level 1 to 19. [default: 1]",
+)
+def send(source: str, url: str, as_json: bool, compression: str | None, **options: Any) -> None:
     """Check the snapshot file SOURCE, and send it to URL.
 
     It is there, whole and durably, when the command ends with status 0; else what was there
@@ -84,7 +97,14 @@ def send(source: str, url: str, as_json: bool, **options: Any) -> None:
       vmmig send vm.vmsnap s3://bucket/vm.vmsnap
       ssh other-host cat vm.vmsnap | vmmig send - vm.vmsnap
     """
-    _copy(source, url, _options(url, **options), sending=True, as_json=as_json)
+    _copy(
+        source,
+        url,
+        _options(url, **options),
+        sending=True,
+        as_json=as_json,
+        compression=compression,
+    )
 
 
 @click.command(short_help="Fetch a snapshot from a URL into a file.")
@@ -118,7 +138,15 @@ def _options(url: str, timeout: float | None, tls: str | None, token: str | None
     return options
 
 
-def _copy(source: str, destination: str, options: Options, *, sending: bool, as_json: bool) -> None:
+def _copy(
+    source: str,
+    destination: str,
+    options: Options,
+    *,
+    sending: bool,
+    as_json: bool,
+    compression: str | None = None,
+) -> None:
     """Bring a container to ``destination``, once it is checked.
 
     Where ``sending``, the options are for that side, else for the other.
@@ -131,6 +159,7 @@ def _copy(source: str, destination: str, options: Options, *, sending: bool, as_
     remote_url = shown_url(destination if sending else source)
     began_s = time.monotonic()
     moving = False
+    size_bytes = 0
 
     with showing_progress(as_json=as_json) as show, CancelOnSignals() as signals:
 
@@ -144,13 +173,28 @@ def _copy(source: str, destination: str, options: Options, *, sending: bool, as_
 
         def tell(url: str, stage: Stage) -> None:
             elapsed_s = time.monotonic() - began_s
-            show(Progress(shown_url(url), stage, len(data), len(data), elapsed_s))
+            show(Progress(shown_url(url), stage, size_bytes, size_bytes, elapsed_s))
+
+        def accept(data: memoryview) -> None:
+            """Write it down, before one who waits for that is told that it is here."""
+            nonlocal size_bytes
+            size_bytes = len(data)
+            tell(source, "confirming")
+            snapshot = _check(data, source, signals)
+            # A list, for a transport that tries again iterates again.
+            pieces: Iterable[Buffer] = [
+                data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES)
+            ]
+            if compression is not None:
+                from vmmig import codec
+
+                pieces = encoding = codec.encode(snapshot, compression=compression)
+                size_bytes = encoding.total_bytes
+            where_to = options if sending else Options()
+            _deliver(pieces, size_bytes, destination, where_to, signals, note)
 
         try:
-            data = _fetch(source, destination, Options() if sending else options, signals, note)
-            tell(source, "confirming")
-            _check(data, source, signals)
-            _deliver(data, destination, options if sending else Options(), signals, note)
+            _fetch(source, destination, Options() if sending else options, signals, note, accept)
         except MigratableError as error:
             # One command, one name for its failure, whichever end it was at.
             if isinstance(error, (MigrateSendError, MigrateReceiveError)):
@@ -160,8 +204,13 @@ def _copy(source: str, destination: str, options: Options, *, sending: bool, as_
 
 
 def _fetch(
-    source: str, destination: str, options: Options, signals: CancelOnSignals, note: Show
-) -> memoryview:
+    source: str,
+    destination: str,
+    options: Options,
+    signals: CancelOnSignals,
+    note: Show,
+    accept: Callable[[memoryview], None],
+) -> None:
     from vmmig import transport
 
     if destination != _PIPE and _scheme(destination) == "file":
@@ -169,38 +218,42 @@ def _fetch(
 
         check_destination(destination)
     if source != _PIPE:
-        return transport.recv(source, progress=note, cancel=signals.token, **options)
+        transport.recv(source, accept=accept, progress=note, cancel=signals.token, **options)
+        return
     transfer = Transfer(_PIPE, MigrateReceiveError, progress=note, cancel=signals.token)
     data = bytearray()
     transfer.enter("transferring")
     try:
         with signals.at_once(), open(0, "rb", buffering=0, closefd=False) as stdin:
-            while piece := stdin.read(_READ_BYTES):
+            while piece := stdin.read(_PIECE_BYTES):
                 data += piece
                 transfer.advance(len(piece))
     except OSError as error:
         raise transfer.failure(error) from error
-    return memoryview(data).toreadonly()
+    accept(memoryview(data).toreadonly())
 
 
-def _check(data: memoryview, source: str, signals: CancelOnSignals) -> None:
+def _check(data: memoryview, source: str, signals: CancelOnSignals) -> Snapshot:
     from vmmig import codec
 
     try:
         with signals.at_once():
-            codec.loads(data)
+            return codec.loads(data)
     except MigratableError as error:
         raise MigrateReceiveError(f"{shown_url(source)!r}: {error}") from error
 
 
 def _deliver(
-    data: memoryview, destination: str, options: Options, signals: CancelOnSignals, note: Show
+    pieces: Iterable[Buffer],
+    size_bytes: int,
+    destination: str,
+    options: Options,
+    signals: CancelOnSignals,
+    note: Show,
 ) -> None:
-    from vmmig import codec, transport
+    from vmmig import transport
 
-    # A list, for a transport that tries again iterates again.
-    pieces = [data[at : at + codec.CHUNK_BYTES] for at in range(0, len(data), codec.CHUNK_BYTES)]
-    size_bytes, cancel = len(data), signals.token
+    cancel = signals.token
     if destination != _PIPE:
         transport.send(
             pieces, destination, total_bytes=size_bytes, progress=note, cancel=cancel, **options

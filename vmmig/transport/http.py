@@ -50,7 +50,7 @@ from vmmig.transfer import Transfer, shown_url
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from vmmig.transport import RangeReader
+    from vmmig.codec import RangeReader
 
 OPTIONS = frozenset({"timeout_s", "tls", "token"})
 

@@ -41,7 +41,7 @@ from vmmig.transfer import Transfer
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from vmmig.transport import RangeReader
+    from vmmig.codec import RangeReader
 
 OPTIONS = frozenset({"timeout_s", "storage_options"})
 
@@ -378,7 +378,7 @@ class _Body(io.BytesIO):
 
 
 class _Reader:
-    """Ranges of an object that does not change; see `vmmig.transport.RangeReader`."""
+    """Ranges of an object that does not change; see `vmmig.codec.RangeReader`."""
 
     total_bytes: int
 

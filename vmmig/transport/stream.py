@@ -211,16 +211,19 @@ def _recv_all(sock: socket, hello: bytes, transfer: Transfer) -> memoryview:
                 "the checksum does not match: it was damaged on its way; send it again"
             )
         transfer.check()
+        transfer.attached += attached
+        transfer.accept(memory.toreadonly())
         sockets.send_all(sock, [_answer(_RECEIVED)])
     except BaseException:
         # An error keeps its frames, and so what they refer to.
         attached.clear()
+        transfer.attached.clear()
         mapping = memory.obj
-        memory.release()
-        if isinstance(mapping, mmap.mmap):
-            mapping.close()
+        with suppress(BufferError):
+            memory.release()
+            if isinstance(mapping, mmap.mmap):
+                mapping.close()
         raise
-    transfer.attached += attached
     return memory.toreadonly()
 
 
