@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from vmmig import sockets
 from vmmig.errors import MigratableError, MigrateReceiveError, ProtocolError
@@ -19,6 +19,8 @@ from vmmig.live.payloads import MachineConfig, state_from_json
 from vmmig.memory import MemoryRangeTable
 from vmmig.protocol import (
     ALL_FEATURES,
+    CHANNEL_BYTES,
+    HEADER_BYTES,
     Abandon,
     Channel,
     ChannelKind,
@@ -45,7 +47,7 @@ from vmmig.transfer import CancelToken, shown_url
 from vmmig.verify import verify
 
 _PIECE_BYTES = 64 << 20
-_HANDSHAKE_S = 2.0
+_GREETING_S = 1.0
 
 _C = TypeVar("_C", bound=PrecopyMigratable)
 
@@ -211,16 +213,27 @@ class _Destination:
 
     def _accept_main(self, timeout_s: float) -> None:
         try:
-            sock = self.listener.accept(timeout_s=timeout_s, cancel=self.cancel)
+            sock, start = self.listener.accept_greeted(
+                HEADER_BYTES, self._check_start, timeout_s=timeout_s, cancel=self.cancel
+            )
             sockets.set_timeout(sock, self.timeout_s)
-        except TimeoutError:
+        except TimeoutError as error:
             raise MigrateReceiveError(
-                f"no source came within {self.timeout_s:g} s; start it, or allow a longer timeout_s"
+                f"no source came within {self.timeout_s:g} s ({error}); start it, or allow a "
+                "longer timeout_s"
             ) from None
         connection = Connection(Role.RECEIVER, limits=self.limits)
+        connection.receive_data(start)
         self.main = Link(sock, connection)
         if self.cancel.cancelled:
             raise MigrateReceiveError("cancelled")
+
+    def _check_start(self, data: bytes) -> None:
+        """Refuse who does not begin with Start: whoever that is, it is no source."""
+        connection = Connection(Role.RECEIVER, limits=self.limits)
+        connection.receive_data(data)
+        if not isinstance(connection.next_event(), Start):
+            raise ProtocolError("a source begins with Start")
 
     def _converse(self) -> None:
         assert self.main is not None
@@ -254,7 +267,8 @@ class _Destination:
         ):
             if main.is_readable():
                 break
-            ready, _, _ = select.select([main.sock, self.listener], [], [], self.timeout_s)
+            watched: list[Any] = [main.sock, self.listener]
+            ready, _, _ = select.select(watched, [], [], self.timeout_s)
             if not ready:
                 raise TimeoutError(f"the source did nothing for {self.timeout_s:g} s")
             if self.listener in ready:
@@ -266,18 +280,23 @@ class _Destination:
     def _accept_further(self) -> None:
         assert self.main is not None
         try:
-            sock = self.listener.accept(timeout_s=_HANDSHAKE_S, cancel=self.cancel)
+            sock, kind = self.listener.accept_greeted(
+                CHANNEL_BYTES, timeout_s=_GREETING_S, cancel=self.cancel
+            )
         except OSError:
             return
         sockets.set_timeout(sock, self.timeout_s)
         if self.main.connection.state is ConnectionState.CONFIGURED:
             link = Link(sock, self.main.connection.auxiliary())
+            link.connection.receive_data(kind)
             assert self.memory is not None
             self.workers.append(_Worker(link, self.memory))
             return
         # Only a source that has sent Complete, and got no answer, comes now: it has given the
         # main connection up, and what comes there counts no more.
-        self._answer_status(Link(sock, Connection(Role.RECEIVER)))
+        link = Link(sock, Connection(Role.RECEIVER))
+        link.connection.receive_data(kind)
+        self._answer_status(link)
 
     def _fulfil(self, event: Event, fds: list[int]) -> Ok:
         match event:
