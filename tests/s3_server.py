@@ -127,6 +127,7 @@ class Proxy:
         self.cuts = False
         self.left = 1 << 60
         self.stalled = threading.Event()
+        self._lock = threading.Lock()
         self._to = port
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
@@ -162,14 +163,21 @@ class Proxy:
             while data := near.recv(1 << 16):
                 self.requests += data
                 moved_bytes += len(data)
-                if moved_bytes > self.up_bytes and self.left:
-                    self.left -= 1
+                if moved_bytes > self.up_bytes and self._takes_turn():
                     if not self.cuts:
                         self.stalled.set()
                         return
                     break
                 far.sendall(data)
         self._cut(near, far)
+
+    def _takes_turn(self) -> bool:
+        """Whether there was one left for this connection."""
+        with self._lock:
+            if not self.left:
+                return False
+            self.left -= 1
+            return True
 
     def _down(self, far: socket.socket, near: socket.socket) -> None:
         moved_bytes = 0
