@@ -677,12 +677,15 @@ def recv_exactly_into(sock: socket.socket, view: memoryview) -> None:
         OSError: The connection failed or ended before; the view is filled in part.
     """
     flags = 0 if _is_tls(sock) else socket.MSG_WAITALL
+    filled_bytes = 0
     try:
-        while view:
-            count_bytes = sock.recv_into(view, 0, flags)
+        while filled_bytes < len(view):
+            # Released at once, for a traceback would keep it.
+            with view[filled_bytes:] as rest:
+                count_bytes = sock.recv_into(rest, 0, flags)
             if not count_bytes:
                 raise ConnectionError("the other side ended the connection")
-            view = view[count_bytes:]
+            filled_bytes += count_bytes
     except OSError as error:
         raise _explained(error, "sent") from error
 

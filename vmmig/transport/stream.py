@@ -89,6 +89,8 @@ def send(chunks: Iterable[Buffer], transfer: Transfer) -> None:
     with sock, transfer.cancel.calling(partial(sockets.shut_down, sock)):
         try:
             checksum = _send_all(sock, chunks, descriptors, transfer)
+        except _RefusedError as error:
+            raise transfer.failure(error) from error
         except OSError as error:
             raise transfer.failure(_refusal(sock) or error) from error
         transfer.enter("confirming")
@@ -314,7 +316,7 @@ def _check_hello(data: bytes) -> None:
         raise MigratableError("the other side's hello was damaged on its way; try again")
 
 
-class _RefusedError(MigratableError):
+class _RefusedError(OSError):
     """The other side said no, and perhaps why."""
 
 
@@ -344,7 +346,7 @@ def _answer(kind: int, reason: str = "") -> bytes:
     return head + _checksum(head)
 
 
-def _refusal(sock: socket) -> MigratableError | None:
+def _refusal(sock: socket) -> _RefusedError | None:
     """Why the other side ended the connection, if it said so."""
     try:
         sockets.set_timeout(sock, 0)
