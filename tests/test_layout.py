@@ -26,7 +26,7 @@ def loaded_by(statement: str) -> set[str]:
 def test_importing_vmmig_loads_no_optional_part() -> None:
     loaded = loaded_by("import vmmig; [getattr(vmmig, name) for name in vmmig.__all__]")
     assert "vmmig.codec" in loaded
-    optional = {"hypothesis", "pytest", "unicorn", "click", "rich", "pickle", "socket", "asyncio"}
+    optional = {"hypothesis", "pytest", "unicorn", "click", "rich", "pickle", "ssl", "asyncio"}
     assert not optional & loaded
     assert not {name for name in loaded if name.startswith(("vmmig.adapters", "vmmig.cli"))}
 
