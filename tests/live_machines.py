@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import socket
@@ -166,6 +167,7 @@ def settled(
     """Assert that exactly one side can run, with what the machine was at its pause."""
     assert source.contents()[1:] == source.at_pause[1:] or not source.paused
     if isinstance(outcome, MigrationReport):
+        receiving.cancel.cancel()
         machine = receiving.result()
         assert machine is not None, receiving.error
         assert source.paused
@@ -191,6 +193,7 @@ def settled(
 
 def traces() -> tuple[int, frozenset[str]]:
     """What may not grow: open descriptors, and threads."""
+    gc.collect()
     return len(os.listdir("/proc/self/fd")), frozenset(
         thread.name for thread in threading.enumerate()
     )

@@ -75,7 +75,8 @@ def receive(
         max_memory_bytes: Refuse a machine with more RAM; by default, than this host has.
         limits: What to refuse of the peer's messages.
         listening: Is called with the URL once it is listened at.
-        cancel: Ends it, until the machine is complete.
+        cancel: Ends it, until the machine is complete; after that, only the wait for a source
+            that has not heard so.
         timeout_s: How long to wait for a source to come, and then for each of its messages.
         tls: A folder with ``ca-cert.pem``, ``server-cert.pem``, ``server-key.pem``.
 
@@ -147,6 +148,7 @@ class _Destination:
         self.last_stranger: Exception | None = None
         self.has_begun = False
         self.is_committed = False
+        self.has_answered = False
         # An outcome is decided, and told, by one at a time.
         self.deciding = threading.Lock()
         self.source_knows = threading.Event()
@@ -246,6 +248,7 @@ class _Destination:
                 for fd in fds:
                     os.close(fd)
             main.send(answer)
+            self.has_answered = self.is_committed
             if isinstance(event, Abandon) and not self.is_committed:
                 raise MigrateReceiveError("the source abandoned the migration")
             if isinstance(event, SessionStatus):
@@ -468,10 +471,11 @@ class _Destination:
 
     def _linger(self) -> None:
         """Wait for a source that has lost the answer to Complete, and asks."""
+        self.has_answered = True
         end_s = time.monotonic() + self.timeout_s
         while self.key is not None and not self.source_knows.is_set():
             left_s = end_s - time.monotonic()
-            if left_s <= 0 or (self.cancel.cancelled and not self.is_committed):
+            if left_s <= 0 or self.cancel.cancelled:
                 return
             if sockets.readable(self.listener, timeout_s=left_s):
                 self._accept_further()
@@ -479,7 +483,7 @@ class _Destination:
     # The end.
 
     def _shut_down(self) -> None:
-        if self.is_committed:
+        if self.is_committed and not self.has_answered:
             return
         if self.main is not None:
             self.main.shut_down()
