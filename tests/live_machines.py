@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-from vmmig.transfer import CancelToken
 from vmmig.errors import MigratableError
 from vmmig.guest_memory import GuestMemory
 from vmmig.live import MigrationAborted, MigrationInDoubt, MigrationReport, migrate, receive
 from vmmig.memory import MemoryRange, MemoryRangeTable
 from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
 from vmmig.testing.components import LiveCounter
+from vmmig.transfer import CancelToken
 
 PAGE = 4096
 ONE_PAGE = (MemoryRange(0, PAGE),)
@@ -161,9 +161,7 @@ def outcome_of(source: Any, url: str, **options: Any) -> MigrationReport | Migra
         return error
 
 
-def settled(
-    source: Guest, outcome: MigrationReport | MigratableError, receiving: Receiving
-) -> str:
+def settled(source: Guest, outcome: MigrationReport | MigratableError, receiving: Receiving) -> str:
     """Assert that exactly one side can run, with what the machine was at its pause."""
     assert source.contents()[1:] == source.at_pause[1:] or not source.paused
     if isinstance(outcome, MigrationReport):
@@ -287,6 +285,8 @@ class Wire:
             if passing is None or len(passing) < len(data):
                 self.is_cut = True
             data = passing
+            if data == b"" and not self.is_cut:
+                return
             if self.is_cut and data:
                 with suppress(OSError):
                     to.sendall(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -159,6 +160,8 @@ class _Destination:
             self.listener = sockets.Listener(self.url)
         except (MigratableError, OSError) as error:
             raise self._failure(error) from error
+        # A unix socket that listens does not wake who waits for it when it is shut down.
+        self.woken, self.waker = socket.socketpair()
         try:
             with self.cancel.calling(self._shut_down):
                 if listening is not None:
@@ -221,6 +224,10 @@ class _Destination:
 
     def _accept_main(self, timeout_s: float) -> None:
         try:
+            if not (ready := sockets.readable(self.listener, self.woken, timeout_s=timeout_s)):
+                raise TimeoutError
+            if self.woken in ready:
+                raise MigrateReceiveError("cancelled")
             sock = self.listener.accept(timeout_s)
         except TimeoutError:
             last = f"; the last who came: {self.last_stranger}" if self.last_stranger else ""
@@ -467,7 +474,7 @@ class _Destination:
         if key == self.key and outcome is not SessionOutcome.UNKNOWN:
             self.source_knows.set()
             self.main.shut_down()
-            self.listener.shut_down()
+            self._wake()
 
     def _linger(self) -> None:
         """Wait for a source that has lost the answer to Complete, and asks."""
@@ -477,7 +484,7 @@ class _Destination:
             left_s = end_s - time.monotonic()
             if left_s <= 0 or self.cancel.cancelled:
                 return
-            if sockets.readable(self.listener, timeout_s=left_s):
+            if self.listener in sockets.readable(self.listener, self.woken, timeout_s=left_s):
                 self._accept_further()
 
     # The end.
@@ -489,7 +496,12 @@ class _Destination:
             self.main.shut_down()
         for worker in self.workers:
             worker.link.shut_down()
-        self.listener.shut_down()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wake who waits for the listener, for good."""
+        with suppress(OSError):
+            self.waker.shutdown(socket.SHUT_WR)
 
     def _tear_down(self) -> None:
         self._shut_down()
@@ -508,6 +520,8 @@ class _Destination:
             further.join(None)
         if self.main is not None:
             self.main.close()
+        self.woken.close()
+        self.waker.close()
         if self.handed_over is not None:
             self.handed_over.close()
         for fd in self.descriptors.values():
