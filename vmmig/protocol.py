@@ -105,9 +105,6 @@ PROTOCOL_VERSION = 0
 """What Start tells; a receiver accepts this version and the one before."""
 
 HEADER_BYTES = 16
-CHANNEL_BYTES = 2
-"""What an auxiliary connection begins with."""
-
 CHUNK_BYTES = 64 << 20
 """The most raw bytes of one Memory request on an auxiliary connection."""
 

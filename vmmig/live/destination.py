@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from vmmig.live.payloads import MachineConfig, state_from_json
 from vmmig.memory import MemoryRangeTable
 from vmmig.protocol import (
     ALL_FEATURES,
-    CHANNEL_BYTES,
     HEADER_BYTES,
     Abandon,
     Channel,
@@ -47,7 +47,8 @@ from vmmig.transfer import CancelToken, shown_url
 from vmmig.verify import verify
 
 _PIECE_BYTES = 64 << 20
-_GREETING_S = 1.0
+_FURTHER_S = 1.0
+_MAX_FURTHER = 256
 
 _C = TypeVar("_C", bound=PrecopyMigratable)
 
@@ -77,7 +78,8 @@ def receive(
         max_memory_bytes: Refuse a machine with more RAM; by default, than this host has.
         limits: What to refuse of the peer's messages.
         listening: Is called with the URL once it is listened at.
-        cancel: Ends it, until the machine is complete.
+        cancel: Ends it, until the machine is complete; after that, only the wait for a source
+            that has not heard so.
         timeout_s: How long to wait for a source to come, and then for each of its messages.
         tls: A folder with ``ca-cert.pem``, ``server-cert.pem``, ``server-key.pem``.
 
@@ -144,8 +146,15 @@ class _Destination:
         self.key: SessionKey | None = None
         self.main: Link | None = None
         self.workers: list[_Worker] = []
+        self.askers: list[_Asker] = []
         self.prefault: threading.Thread | None = None
+        self.last_stranger: Exception | None = None
+        self.has_begun = False
         self.is_committed = False
+        self.has_answered = False
+        # An outcome is decided, and told, by one at a time.
+        self.deciding = threading.Lock()
+        self.source_knows = threading.Event()
 
     def run(self, listening: Callable[[str], object] | None) -> PrecopyMigratable:
         try:
@@ -153,6 +162,8 @@ class _Destination:
             self.listener = sockets.Listener(self.url, tls=self.tls)
         except (MigratableError, OSError) as error:
             raise self._failure(error) from error
+        # A unix socket that listens does not wake who waits for it when it is shut down.
+        self.woken, self.waker = socket.socketpair()
         try:
             with self.cancel.calling(self._shut_down):
                 if listening is not None:
@@ -185,31 +196,33 @@ class _Destination:
         end_s = time.monotonic() + self.timeout_s
         while True:
             self._accept_main(max(end_s - time.monotonic(), 0.0))
+            assert self.main is not None
             try:
                 self._converse()
-            except (MigratableError, OSError) as error:
-                assert self.main is not None
+            except Exception as error:
+                in_doubt = self.is_committed or self._is_in_doubt()
                 self.main.refuse(error)
                 self.main.close()
-                if self.is_committed:
-                    self._linger()
-                    return
-                if self.main.connection.state is ConnectionState.ESTABLISHED:
-                    # Whoever that was, it was no source.
+                if not self.has_begun:
+                    # Whoever that was, no migration came from there.
                     self.last_stranger = error
                     continue
-                in_doubt = self._is_in_doubt()
-                self._write_outcome(SessionOutcome.ABORTED)
+                self._write_aborted()
                 if in_doubt:
                     self._linger()
+                if self.is_committed:
+                    return
                 raise
-            return
+            self.main.close()
+            if self.is_committed:
+                self._linger()
+                return
 
     def _is_in_doubt(self) -> bool:
         """Whether the source may have sent Complete, so that it will come and ask."""
         assert self.main is not None
         states = (ConnectionState.STATE_RECEIVED, ConnectionState.COMPLETED)
-        return self.key is not None and self.main.connection.state in states
+        return self.main.connection.state in states
 
     def _accept_main(self, timeout_s: float) -> None:
         try:
@@ -217,10 +230,12 @@ class _Destination:
                 HEADER_BYTES, self._check_start, timeout_s=timeout_s, cancel=self.cancel
             )
             sockets.set_timeout(sock, self.timeout_s)
-        except TimeoutError as error:
+        except TimeoutError:
+            last = self.last_stranger or self.listener.refusal
+            who = f"; the last who came: {last}" if last else ""
             raise MigrateReceiveError(
-                f"no source came within {self.timeout_s:g} s ({error}); start it, or allow a "
-                "longer timeout_s"
+                f"no source came within {self.timeout_s:g} s; start it, or allow a longer "
+                f"timeout_s{who}"
             ) from None
         connection = Connection(Role.RECEIVER, limits=self.limits)
         connection.receive_data(start)
@@ -250,27 +265,32 @@ class _Destination:
                 for fd in fds:
                     os.close(fd)
             main.send(answer)
+            self.has_answered = self.is_committed
             if isinstance(event, Abandon) and not self.is_committed:
                 raise MigrateReceiveError("the source abandoned the migration")
             if isinstance(event, SessionStatus):
-                if self.is_committed and main.connection.state is ConnectionState.COMPLETED:
-                    return
-                raise MigrateReceiveError("a source asked for another session's outcome, and left")
+                if self.is_committed:
+                    self.source_knows.set()
+                return
 
     def _next_event(self, fds: list[int]) -> Event:
         """The main connection's next message; further connections are served meanwhile."""
         assert self.main is not None
         main = self.main
+        began_s = time.monotonic()
         while main.connection.state in (
             ConnectionState.CONFIGURED,
             ConnectionState.STATE_RECEIVED,
+            ConnectionState.COMPLETED,
         ):
             if main.is_readable():
                 break
-            watched: list[Any] = [main.sock, self.listener]
-            ready, _, _ = select.select(watched, [], [], self.timeout_s)
-            if not ready:
+            # The main connection is silent while others carry the memory.
+            last_s = max([began_s, *(worker.last_s for worker in self.workers)])
+            left_s = last_s + self.timeout_s - time.monotonic()
+            if left_s <= 0:
                 raise TimeoutError(f"the source did nothing for {self.timeout_s:g} s")
+            ready = _readable(left_s, main.sock, self.listener)
             if self.listener in ready:
                 self._accept_further()
             if main.sock in ready:
@@ -280,31 +300,31 @@ class _Destination:
     def _accept_further(self) -> None:
         assert self.main is not None
         try:
-            sock, kind = self.listener.accept_greeted(
-                CHANNEL_BYTES, timeout_s=_GREETING_S, cancel=self.cancel
-            )
-        except OSError:
+            sock = self.listener.accept(timeout_s=_FURTHER_S, cancel=self.cancel)
+            sockets.set_timeout(sock, self.timeout_s)
+        except (MigratableError, OSError):
             return
-        sockets.set_timeout(sock, self.timeout_s)
-        if self.main.connection.state is ConnectionState.CONFIGURED:
-            link = Link(sock, self.main.connection.auxiliary())
-            link.connection.receive_data(kind)
+        self.workers = [each for each in self.workers if each.counts]
+        self.askers = [each for each in self.askers if each.is_alive]
+        if len(self.workers) + len(self.askers) >= _MAX_FURTHER:
+            sock.close()
+        elif self.main.connection.state is ConnectionState.CONFIGURED:
             assert self.memory is not None
+            link = Link(sock, self.main.connection.auxiliary())
             self.workers.append(_Worker(link, self.memory))
-            return
-        # Only a source that has sent Complete, and got no answer, comes now: it has given the
-        # main connection up, and what comes there counts no more.
-        link = Link(sock, Connection(Role.RECEIVER))
-        link.connection.receive_data(kind)
-        self._answer_status(link)
+        else:
+            # Only a source that has sent Complete, and got no answer, comes now.
+            link = Link(sock, Connection(Role.RECEIVER))
+            self.askers.append(_Asker(link, self._answer_status))
 
     def _fulfil(self, event: Event, fds: list[int]) -> Ok:
+        self.has_begun |= not isinstance(event, Start | SessionStatus)
         match event:
             case Start():
                 return Ok(features=ALL_FEATURES)
             case Session(id, token):
                 self.key = SessionKey(id, token)
-                self._write_outcome(SessionOutcome.PENDING)
+                self.record.write(self.key, SessionOutcome.PENDING)
             case SessionStatus(id, token):
                 return Ok(outcome=self.record.outcome(SessionKey(id, token)))
             case MemoryFd(slot):
@@ -318,7 +338,7 @@ class _Destination:
             case Complete() | CompletePaused():
                 self._complete(resume=isinstance(event, Complete))
             case Abandon():
-                self._write_outcome(SessionOutcome.ABORTED)
+                self._write_aborted()
             case _:
                 raise ProtocolError(f"{type(event).__name__} is nothing a destination fulfils")
         return Ok()
@@ -403,6 +423,8 @@ class _Destination:
         assert self.component is not None
         assert self.memory is not None
         for worker in self.workers:
+            if not worker.has_begun:
+                worker.link.shut_down()
             worker.join(self.timeout_s)
         self._check_workers()
         if self.prefault is not None:
@@ -412,74 +434,87 @@ class _Destination:
         self.component.restore_state(state_from_json(state))
 
     def _complete(self, *, resume: bool) -> None:
-        assert self.component is not None
-        if self.cancel.cancelled:
-            raise MigrateReceiveError("cancelled")
-        # First written down, then done: a destination that is killed in between has resumed, as
-        # far as anybody will ever know.
-        self._write_outcome(SessionOutcome.COMMITTED)
-        try:
-            if resume:
-                self.component.resume()
-        except BaseException:
-            self._write_outcome(SessionOutcome.ABORTED)
-            raise
-        self.is_committed = True
+        component = self._committed()
+        with self.deciding:
+            # Set before the token is looked at: whoever cancels looks the other way round.
+            self.is_committed = True
+            try:
+                if self.cancel.cancelled:
+                    raise MigrateReceiveError("cancelled")
+                # First written down, then done: a destination that is killed in between has
+                # resumed, as far as anybody will ever know.
+                if self.key is not None:
+                    if self.record.outcome(self.key) is not SessionOutcome.PENDING:
+                        raise MigrateReceiveError("the source was told that it is aborted")
+                    self.record.write(self.key, SessionOutcome.COMMITTED)
+                if resume:
+                    component.resume()
+            except BaseException:
+                self.is_committed = False
+                if self.key is not None:
+                    self.record.write(self.key, SessionOutcome.ABORTED)
+                if resume:
+                    with suppress(Exception):
+                        component.pause()
+                raise
         with suppress(Exception):
-            self.component.complete_migration()
+            component.complete_migration()
 
     # The outcome.
 
-    def _write_outcome(self, outcome: SessionOutcome) -> None:
-        if self.key is not None and not self.is_committed:
-            self.record.write(self.key, outcome)
+    def _write_aborted(self) -> None:
+        with self.deciding:
+            if self.key is not None and not self.is_committed:
+                self.record.write(self.key, SessionOutcome.ABORTED)
 
-    def _answer_status(self, link: Link) -> bool:
-        """Answer a source that asks over a new connection; whether it knows the outcome now."""
+    def _answer_status(self, link: Link) -> None:
+        """Answer a source that asks over a new connection."""
         assert self.main is not None
-        try:
-            start = link.event()
-            if not isinstance(start, Start):
-                return False
-            link.send(Ok(features=ALL_FEATURES))
-            event = link.event()
-            if not isinstance(event, SessionStatus):
-                return False
-            key = SessionKey(event.id, event.token)
+        if not isinstance(link.event(), Start):
+            return
+        link.send(Ok(features=ALL_FEATURES))
+        event = link.event()
+        if not isinstance(event, SessionStatus):
+            return
+        key = SessionKey(event.id, event.token)
+        with self.deciding:
             outcome = self.record.outcome(key)
             if outcome is SessionOutcome.PENDING:
                 # The answer is a promise: from here on, Complete is refused.
-                self._write_outcome(SessionOutcome.ABORTED)
-                self.main.shut_down()
-                outcome = self.record.outcome(key)
-            link.send(Ok(outcome=outcome))
-            return outcome is not SessionOutcome.UNKNOWN
-        except (MigratableError, OSError):
-            return False
-        finally:
-            link.close()
+                outcome = SessionOutcome.ABORTED
+                self.record.write(key, outcome)
+        link.send(Ok(outcome=outcome))
+        if key == self.key and outcome is not SessionOutcome.UNKNOWN:
+            self.source_knows.set()
+            self.main.shut_down()
+            self._wake()
 
     def _linger(self) -> None:
         """Wait for a source that has lost the answer to Complete, and asks."""
-        if self.key is None:
-            return
+        self.has_answered = True
         end_s = time.monotonic() + self.timeout_s
-        while (left_s := end_s - time.monotonic()) > 0 and not self.cancel.cancelled:
-            try:
-                sock = self.listener.accept(timeout_s=left_s, cancel=self.cancel)
-            except OSError:
+        while self.key is not None and not self.source_knows.is_set():
+            left_s = end_s - time.monotonic()
+            if left_s <= 0 or self.cancel.cancelled:
                 return
-            link = Link(sock, Connection(Role.RECEIVER))
-            if self._answer_status(link):
-                return
+            if self.listener in _readable(left_s, self.listener, self.woken):
+                self._accept_further()
 
     # The end.
 
     def _shut_down(self) -> None:
+        if self.is_committed and not self.has_answered:
+            return
         if self.main is not None:
             self.main.shut_down()
         for worker in self.workers:
             worker.link.shut_down()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wake who waits for the listener, for good."""
+        with suppress(OSError):
+            self.waker.shutdown(socket.SHUT_WR)
 
     def _tear_down(self) -> None:
         self._shut_down()
@@ -487,30 +522,44 @@ class _Destination:
             worker.join(None)
         if self.is_factory and self.memory is not None:
             self.memory.close()
-        if self.handed_over is not None:
-            self.handed_over.close()
 
     def _close(self) -> None:
         self.listener.close()
         if self.prefault is not None:
             self.prefault.join()
-        for worker in self.workers:
-            worker.link.close()
+        served: list[_Worker | _Asker] = [*self.workers, *self.askers]
+        for further in served:
+            further.link.shut_down()
+            further.join(None)
         if self.main is not None:
             self.main.close()
+        self.woken.close()
+        self.waker.close()
+        if self.handed_over is not None:
+            self.handed_over.close()
         for fd in self.descriptors.values():
             os.close(fd)
 
 
 class _Worker:
-    """A further connection, which brings memory; a thread of its own serves it."""
+    """A further connection, which brings memory; a thread of its own serves it.
+
+    Until it brings some, it may be anybody's, and its failure is nobody's.
+    """
 
     def __init__(self, link: Link, memory: GuestMemory) -> None:
         self.link = link
         self.failure: Exception | None = None
+        self.has_begun = False
+        self.last_s = 0.0
         self._memory = memory
         self._thread = threading.Thread(target=self._run, name="vmmig-memory")
         self._thread.start()
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has brought memory, or may still."""
+        return self.has_begun or self._thread.is_alive()
 
     def join(self, timeout_s: float | None) -> None:
         """Wait for the connection's end.
@@ -531,13 +580,50 @@ class _Worker:
                         raise ProtocolError("page faults are not served before the end")
                     continue
                 assert isinstance(event, Memory)
-                link.receive_memory(self._memory.views(event.table), int)
+                views = self._memory.views(event.table)
+                self.has_begun = True
+                link.receive_memory(views, self._received)
                 link.send(Ok())
         except Exception as error:
             link.refuse(error)
-            self.failure = error
+            if self.has_begun:
+                self.failure = error
         finally:
             link.close()
+
+    def _received(self, count_bytes: int) -> None:
+        self.last_s = time.monotonic()
+
+
+class _Asker:
+    """A connection that asks for a session's outcome; a thread of its own answers."""
+
+    def __init__(self, link: Link, answer: Callable[[Link], object]) -> None:
+        self.link = link
+        self._answer = answer
+        self._thread = threading.Thread(target=self._run, name="vmmig-asker")
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is still being answered."""
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float | None) -> None:
+        """Wait for its end."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            self._answer(self.link)
+        except Exception as error:
+            self.link.refuse(error)
+        finally:
+            self.link.close()
+
+
+def _readable(timeout_s: float, *sockets: Any) -> list[Any]:
+    return select.select(sockets, [], [], timeout_s)[0]
 
 
 def _copy(source: GuestMemory, destination: GuestMemory) -> None:

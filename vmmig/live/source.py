@@ -141,8 +141,8 @@ def migrate(
     1000
     """
     verify(component, PrecopyMigratable)
-    if not 1 <= connections <= 128:
-        raise MigrationAborted(f"a migration takes 1 to 128 connections, not {connections}")
+    if type(connections) is not int or not 1 <= connections <= 128:
+        raise MigrationAborted(f"a migration takes 1 to 128 connections, not {connections!r}")
     source = _Source(
         component,
         destination_url,
@@ -238,6 +238,7 @@ class _Source:
                 decision, history = self._precopy(memory)
                 downtime = self._stop_and_copy(memory)
             self.meter.check()
+            self.meter.enter("handing over")
         except BaseException as error:
             self._abort(error)
             raise
@@ -346,11 +347,19 @@ class _Source:
                 failures.append(error)
                 self._shut_down()
 
-        threads = [threading.Thread(target=work, args=(link,)) for link in self.further]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        threads: list[threading.Thread] = []
+        try:
+            for link in self.further:
+                threads.append(threading.Thread(target=work, args=(link,)))
+                threads[-1].start()
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            self._shut_down()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            raise
         if failures:
             raise failures[0]
 
@@ -393,7 +402,6 @@ class _Source:
     def _hand_over(self) -> float:
         """Send Complete; from here on only the destination's word counts."""
         assert self.main is not None
-        self.meter.enter("handing over")
         began_s = time.perf_counter()
         main = self.main
         try:
@@ -405,6 +413,8 @@ class _Source:
             except (MigratableError, OSError) as error:
                 main.close()
                 outcome, cause = self._asked(error)
+            except BaseException as error:
+                raise self._in_doubt(error) from error
             else:
                 complete_s = time.perf_counter() - began_s
                 if self.key is not None:
@@ -417,18 +427,22 @@ class _Source:
             return self._finish(time.perf_counter() - began_s)
         if outcome is Outcome.ABORTED:
             self._abort(cause)
-        raise MigrationInDoubt(
-            f"{self.shown_url!r}: the answer to Complete is lost ({cause}), and the destination "
+        raise self._in_doubt(cause) from cause
+
+    def _in_doubt(self, cause: BaseException) -> MigrationInDoubt:
+        return MigrationInDoubt(
+            f"{self.shown_url!r}: the answer to Complete is lost ({cause!r}), and the destination "
             "cannot be asked: the source stays paused; ask it again, or find out whether the "
             "machine runs there",
             key=self.key,
-        ) from cause
+        )
 
     def _finish(self, complete_s: float) -> float:
         if self.is_logging:
             with suppress(Exception):
                 self.component.stop_dirty_log()
-        self.component.complete_migration()
+        with suppress(Exception):
+            self.component.complete_migration()
         return complete_s
 
     def _asked(self, error: Exception) -> tuple[Outcome, Exception]:
@@ -437,12 +451,14 @@ class _Source:
             return Outcome.IN_DOUBT, error
         self.meter.enter("asking")
         end_s = time.monotonic() + self.timeout_s
-        while (left_s := end_s - time.monotonic()) > 0:
-            with suppress(MigrateSendError):
-                outcome = ask(self.url, self.key, timeout_s=left_s, tls=self.tls)
-                if outcome is not Outcome.IN_DOUBT:
-                    return outcome, error
-            threading.Event().wait(min(_ASK_EACH_S, left_s))
+        # The user may end this with an interrupt, and then asks later.
+        with suppress(KeyboardInterrupt):
+            while (left_s := end_s - time.monotonic()) > 0:
+                with suppress(MigrateSendError):
+                    outcome = ask(self.url, self.key, timeout_s=left_s, tls=self.tls)
+                    if outcome is not Outcome.IN_DOUBT:
+                        return outcome, error
+                threading.Event().wait(min(_ASK_EACH_S, left_s))
         return Outcome.IN_DOUBT, error
 
     def _abort(self, error: BaseException) -> None:
