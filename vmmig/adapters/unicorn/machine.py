@@ -12,10 +12,15 @@ from unicorn.x86_const import UC_X86_INS_IN, UC_X86_INS_OUT
 from vmmig.adapters.unicorn.devices import PmTimer, PowerSwitch, SerialPort
 from vmmig.adapters.unicorn.ram import Ram
 from vmmig.adapters.unicorn.vcpu import Vcpu
-from vmmig.composite import Composite
+from vmmig.composite import Composite, RestoreReport
 from vmmig.errors import MigratableError
+from vmmig.guest_memory import GuestMemory
 from vmmig.memory import MemoryRangeTable
 from vmmig.snapshot import Snapshot
+from vmmig.traits import Snapshottable
+
+MACHINE = "unicorn"
+"""The name of this kind of machine in a configuration."""
 
 
 class Machine(Composite):
@@ -24,7 +29,7 @@ class Machine(Composite):
     It is paused when it is made. Ports that belong to no device read as ones.
 
     Args:
-        ram_bytes: The RAM's size, a multiple of the page's.
+        ram: Its size in bytes, a multiple of the page's; or the memory itself.
         output: Called on the guest's thread with each byte that the guest sends on its serial
             port.
 
@@ -41,18 +46,24 @@ class Machine(Composite):
     """
 
     def __init__(
-        self, ram_bytes: int, *, output: Callable[[bytes], object], id: str = "machine"
+        self,
+        ram: int | GuestMemory,
+        *,
+        output: Callable[[bytes], object],
+        id: str = "machine",
     ) -> None:
         uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)  # type: ignore[attr-defined, no-untyped-call]
         self.power = PowerSwitch(uc.emu_stop)
         self.serial = SerialPort(output)
         self.timer = PmTimer()
         self.vcpu = Vcpu(uc, self.power)
-        self.ram = Ram(uc, ram_bytes)
+        self.ram = Ram(uc, ram)
         _connect(uc, [self.power, self.serial, self.timer])
         # The vCPU starts after the devices; RAM, which does nothing by itself, is the last so
         # that a restore need not keep a second copy of it.
-        super().__init__(id, [self.power, self.serial, self.timer, self.vcpu, self.ram])
+        devices: list[Snapshottable] = [self.power, self.serial, self.timer, self.vcpu]
+        super().__init__(id, [*devices, self.ram])
+        self._all_but_ram = Composite(id, devices)
 
     @classmethod
     def from_snapshot(cls, snapshot: Snapshot, *, output: Callable[[bytes], object]) -> Machine:
@@ -65,6 +76,46 @@ class Machine(Composite):
         machine = cls(ram_bytes, output=output, id=snapshot.id)
         machine.restore(snapshot)
         return machine
+
+    @classmethod
+    def from_configuration(
+        cls, configuration: object, memory: GuestMemory, *, output: Callable[[bytes], object]
+    ) -> Machine:
+        """A machine on memory that a migration brings: for `vmmig.receive`.
+
+        Raises:
+            MigratableError: The configuration, or the memory, is of another kind of machine.
+
+        >>> from vmmig.memory import MemoryRange
+        >>> memory = GuestMemory([MemoryRange(0, 1 << 16)])
+        >>> source = Machine(1 << 16, output=print, id="pc")
+        >>> Machine.from_configuration(source.configuration(), memory, output=print).id()
+        'pc'
+        """
+        if not isinstance(configuration, dict) or configuration.get("machine") != MACHINE:
+            raise MigratableError(f"this is no configuration of a {MACHINE!r} machine")
+        id = configuration.get("id")
+        if not isinstance(id, str):
+            raise MigratableError(f"the machine's id is a text, not {id!r}")
+        return cls(memory, output=output, id=id)
+
+    def configuration(self) -> dict[str, str]:
+        """What `from_configuration` needs to know, besides the memory."""
+        return {"machine": MACHINE, "id": self.id()}
+
+    def guest_memory(self) -> GuestMemory:
+        """The RAM."""
+        return self.ram.guest_memory
+
+    def snapshot_state(self) -> Snapshot:
+        """As `snapshot`, without the RAM."""
+        return self._all_but_ram.snapshot()
+
+    def restore_state(self, snapshot: Snapshot) -> RestoreReport:
+        """As `restore`, of what `snapshot_state` gave; RAM has changed before."""
+        report = self._all_but_ram.restore(snapshot)
+        self.ram.changed_from_outside()
+        return report
 
     def boot(self, program: bytes, *, gpa: int, **registers: int) -> None:
         """Load machine code at ``gpa`` and point the vCPU to its first byte; `resume` starts it.

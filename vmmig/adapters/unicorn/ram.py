@@ -21,7 +21,7 @@ class Ram:
 
     Args:
         uc: The engine, in which the RAM is mapped.
-        size_bytes: A multiple of the page's size.
+        size_bytes: A multiple of the page's size; or the memory itself, of one region.
 
     Attributes:
         guest_memory: The memory itself, for a migration to read and to write.
@@ -40,18 +40,25 @@ class Ram:
     b'code'
     """
 
-    def __init__(self, uc: Any, size_bytes: int, *, gpa: int = 0, id: str = "ram") -> None:
+    def __init__(
+        self, uc: Any, size_bytes: int | GuestMemory, *, gpa: int = 0, id: str = "ram"
+    ) -> None:
         self._id = id
-        self._section = f"{gpa:#x}"
         self._uc = uc
-        self.guest_memory = GuestMemory([MemoryRange(gpa, size_bytes)])
+        if isinstance(size_bytes, GuestMemory):
+            self.guest_memory = size_bytes
+        else:
+            self.guest_memory = GuestMemory([MemoryRange(gpa, size_bytes)])
+        if [region.gpa for region in self.guest_memory.regions] != [gpa]:
+            raise MigratableError(f"RAM is one region at {gpa:#x}, not {self.guest_memory.ranges}")
         (region,) = self.guest_memory.regions
+        self._section = f"{gpa:#x}"
         self.memory = region.memory
         try:
-            uc.mem_map_ptr(gpa, size_bytes, UC_PROT_ALL, region.address)
+            uc.mem_map_ptr(gpa, region.length, UC_PROT_ALL, region.address)
         except UcError as error:
             raise MigratableError(
-                f"there is no room for {size_bytes} bytes of RAM at {gpa:#x}: {error}"
+                f"there is no room for {region.length} bytes of RAM at {gpa:#x}: {error}"
             ) from error
         # The engine's thread may outlive this object: the memory lives as long as the engine.
         uc.guest_memory = [*getattr(uc, "guest_memory", ()), region]
@@ -96,6 +103,10 @@ class Ram:
                 f"the snapshot has {view.nbytes} bytes of RAM, the machine {len(self.memory)}"
             )
         self.memory[:] = view
+        forget_translations(self._uc)
+
+    def changed_from_outside(self) -> None:
+        """Let the engine forget what it has made of code that was in RAM before."""
         forget_translations(self._uc)
 
     def start_dirty_log(self) -> None:
