@@ -8,6 +8,7 @@ from vmmig import __version__
 from vmmig.cli.console import Group, verbose
 from vmmig.cli.copying import recv, send
 from vmmig.cli.demo import demo, run
+from vmmig.cli.live import migrate, receive, simulate
 from vmmig.cli.serve import serve
 
 _EPILOG = """\b
@@ -39,8 +40,10 @@ def vmmig() -> None:
       vmmig demo                                a machine moves to another process
       vmmig recv tcp:0.0.0.0:9000 vm.vmsnap     on the one host, and then
       vmmig send vm.vmsnap tcp:host:9000        on the other
+      vmmig receive tcp:0.0.0.0:9000            or while it runs: on the one, and then
+      vmmig migrate tcp:host:9000               on the other
     """
 
 
-for _command in (demo, run, send, recv, serve):
+for _command in (demo, run, send, recv, serve, migrate, receive, simulate):
     vmmig.add_command(verbose(_command))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import attrs
 import click
@@ -70,7 +70,10 @@ class _Screen:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Keep the snapshot in this file; `vmmig run` runs it.",
 )
-def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None) -> None:
+@click.option(
+    "--live", is_flag=True, help="Move it over TCP while it runs, instead of by a snapshot."
+)
+def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None, live: bool) -> None:
     """Suspend a running machine in this process, and continue it in another.
 
     A small x86-64 machine computes a SHA-256 chain over all of its RAM. Half-way it is paused
@@ -80,6 +83,10 @@ def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None) -> None:
     """
     from vmmig.adapters.unicorn import Machine
 
+    if live:
+        if keep is not None:
+            raise click.UsageError("--live makes no snapshot that --keep could keep")
+        _demo_live(ram_mib, rounds, as_json)
     screen = _Screen(sys.stderr if as_json else sys.stdout)
     facts: dict[str, Any] = {"ram_bytes": ram_mib * _MIB, "rounds": rounds, "pid": os.getpid()}
     times_s: dict[str, float] = {}
@@ -169,6 +176,71 @@ def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None) -> None:
     sys.exit(0 if facts["ok"] else 1)
 
 
+def _demo_live(ram_mib: int, rounds: int, as_json: bool) -> NoReturn:
+    from vmmig.adapters.unicorn import Machine
+    from vmmig.cli.live import told
+    from vmmig.live import migrate
+    from vmmig.precopy import PrecopyPolicy
+
+    screen = _Screen(sys.stderr if as_json else sys.stdout)
+    started_s = time.monotonic()
+    console = bytearray()
+    half_way = threading.Event()
+
+    def output(byte: bytes) -> None:
+        console.extend(byte)
+        screen.show(byte)
+        if console.count(b".") > rounds * _DOTS_A_ROUND // 4:
+            half_way.set()
+
+    machine = Machine(ram_mib * _MIB, output=output)
+    machine.boot(guest.code(), gpa=guest.ENTRY, rdi=ram_mib * _MIB, rsi=rounds)
+    with _vmmig("receive", "tcp:127.0.0.1:0") as second:
+        url = second.first_line().removeprefix("listening at ")
+        screen.say(f"Process {second.pid} waits at {url}.")
+        screen.say(f"Process {os.getpid()} (this one) starts a machine with {ram_mib} MiB of RAM:")
+        machine.resume()
+        while not half_way.wait(_CHECK_S) and not machine.wait(0):
+            pass
+        report = migrate(
+            machine,
+            url,
+            configuration=machine.configuration(),
+            policy=PrecopyPolicy(downtime_limit_s=0.02),
+        ).to_dict()
+        for line in told(report):
+            screen.say(line[0].upper() + line[1:])
+        screen.say(f"Process {second.pid} runs it on:")
+        second.show(screen)
+        moved = second.report()
+    expected = guest.expected_digest(ram_mib * _MIB, rounds)
+    whole = console.decode("latin-1") + moved["console"]
+    digest = _digest(whole)
+    same_console = whole.count(".") == rounds * min(_DOTS_A_ROUND, ram_mib * 16 - 1)
+    total_s = time.monotonic() - started_s
+    screen.say(f"{digest or 'no digest':64}  moved while it ran")
+    screen.say(f"{expected:64}  hashlib")
+    screen.say(
+        f"The digests {'agree' if digest == expected else 'DIFFER'}. The console of both "
+        f"processes, put together, {'is whole' if same_console else 'is NOT WHOLE'}. "
+        f"{total_s:.1f} s in all."
+    )
+    ok = digest == expected and same_console
+    if as_json:
+        facts = {
+            "ok": ok,
+            "pid": os.getpid(),
+            "resumed_by_pid": second.pid,
+            "digest": digest,
+            "hashlib": expected,
+            "consoles_agree": same_console,
+            "report": report,
+            "total_s": total_s,
+        }
+        click.echo(json.dumps(facts, indent=2))
+    sys.exit(0 if ok else 1)
+
+
 @click.command()
 @click.argument("snapshot", required=False)
 @_ram_mib
@@ -221,6 +293,10 @@ class _Process:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def first_line(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.readline().decode().strip()
 
     def show(self, screen: _Screen) -> None:
         assert self.process.stderr is not None
