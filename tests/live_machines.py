@@ -229,7 +229,7 @@ class Wire:
         else:
             self._listener = socket.socket()
             self._listener.bind(("127.0.0.1", 0))
-            self.url = "tcp:127.0.0.1:%d" % self._listener.getsockname()[1]
+            self.url = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
         self._listener.listen(200)
         self._end, self._ending = socket.socketpair()
         self._thread = threading.Thread(target=self._run)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vmmig.precopy import PrecopyPolicy
 from vmmig.transfer import CancelToken
 
 MIGRATIONS = int(os.environ.get("VMMIG_TEST_MIGRATIONS", "1000"))
-"""How many random migrations; more of them: ``VMMIG_TEST_MIGRATIONS=10000 pytest tests/test_live.py``."""
+"""How many random migrations; for more, set it in the environment."""
 
 SEVERAL = (MemoryRange(0, 64 * PAGE), MemoryRange(1 << 20, 16 * PAGE), MemoryRange(1 << 32, PAGE))
 
@@ -170,7 +171,7 @@ def test_progress_goes_on_in_order_and_the_report_is_json(connections: int) -> N
     assert settled(source, report, receiving) == "committed"
     phases = [*dict.fromkeys(event.phase for event in seen)]
     assert phases == ["connecting", "pre-copy", "stop-and-copy", "handing over", "done"]
-    for a, b in zip(seen, seen[1:], strict=False):
+    for a, b in pairwise(seen):
         assert phases.index(a.phase) <= phases.index(b.phase)
         assert a.sent_bytes <= b.sent_bytes
         assert a.elapsed_s <= b.elapsed_s
