@@ -1,4 +1,4 @@
-"""The Unicorn machine, moved while its guest computes: no byte of RAM, register or console is lost."""
+"""The Unicorn machine, moved while its guest computes: nothing is lost."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-to
 p, .key { color: var(--dim) } p b { color: var(--ink) }
 svg { width: 100%; height: auto; display: block } svg text { fill: var(--dim); font-size: 12px }
 svg .axis { stroke: var(--line) } svg rect:hover, svg circle:hover { opacity: .7 }
-table { margin-top: 1.5rem; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+table { margin-top: 1.5rem; border-collapse: collapse; width: 100%;
+  font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em }

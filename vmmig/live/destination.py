@@ -21,6 +21,7 @@ from vmmig.memory import MemoryRangeTable
 from vmmig.protocol import (
     ALL_FEATURES,
     HEADER_BYTES,
+    REFUSAL,
     Abandon,
     Channel,
     ChannelKind,
@@ -227,7 +228,11 @@ class _Destination:
     def _accept_main(self, timeout_s: float) -> None:
         try:
             sock, start = self.listener.accept_greeted(
-                HEADER_BYTES, self._check_start, timeout_s=timeout_s, cancel=self.cancel
+                HEADER_BYTES,
+                self._check_start,
+                answer=lambda _: REFUSAL,
+                timeout_s=timeout_s,
+                cancel=self.cancel,
             )
             sockets.set_timeout(sock, self.timeout_s)
         except TimeoutError:
@@ -244,11 +249,10 @@ class _Destination:
             raise MigrateReceiveError("cancelled")
 
     def _check_start(self, data: bytes) -> None:
-        """Refuse who does not begin with Start: whoever that is, it is no source."""
+        """Refuse who does not begin as the protocol does: whoever that is, it is no source."""
         connection = Connection(Role.RECEIVER, limits=self.limits)
         connection.receive_data(data)
-        if not isinstance(connection.next_event(), Start):
-            raise ProtocolError("a source begins with Start")
+        connection.next_event()
 
     def _converse(self) -> None:
         assert self.main is not None
