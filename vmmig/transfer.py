@@ -328,6 +328,8 @@ def flat_view(chunk: Buffer) -> memoryview:
     # (python/cpython#77894); a view made by cast shares what the first one refers to.
     if isinstance(chunk, memoryview):
         return chunk.cast("B")
+    if isinstance(chunk, (bytes, bytearray)):
+        return memoryview(chunk)
     from pickle import PickleBuffer
 
     return PickleBuffer(chunk).raw()
