@@ -48,10 +48,10 @@ def filled(ranges: Any = SEVERAL) -> Guest:
 def test_a_machine_that_writes_all_the_time_arrives_whole(
     scheme: str, connections: int, made: bool, tmp_path: Path
 ) -> None:
+    source, given = filled(), paused_guest(SEVERAL)
     before = traces()
-    source = filled()
     url = "tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{tmp_path}/m"
-    receiving = Receiving(Guest.made if made else paused_guest(SEVERAL), url)
+    receiving = Receiving(Guest.made if made else given, url)
     stop = threading.Event()
 
     def write(seed: int) -> None:
@@ -82,7 +82,7 @@ def test_a_machine_that_writes_all_the_time_arrives_whole(
     if made:
         assert receiving.machine.configuration == {"cpus": 2}
     assert [*tmp_path.iterdir()] == []
-    del source, receiving, outcome
+    receiving.machine = None
     assert traces() == before
 
 
