@@ -191,6 +191,9 @@ class Proxy:
         self._cut(near, far)
 
     def _cut(self, *ends: socket.socket) -> None:
+        """End both sides; what has not been read is answered with a reset, as when a host dies."""
         for end in ends:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+        for end in ends:
+            end.close()

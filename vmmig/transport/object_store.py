@@ -16,8 +16,9 @@ every other
 An object that changes between two reads is an error. S3 is asked for the ETag that was seen first;
 elsewhere size, time and version are compared again after the bytes have come.
 
-The clients of S3, Google and Azure run in fsspec's own event loop, where they are stopped whenever
-that is asked for; other file systems only between two blocks, and their own timeouts apply.
+The clients of S3, and downloads from Google and Azure, run in fsspec's own event loop, where they
+are stopped whenever that is asked for; all else only between two blocks, and with the file system's
+own timeouts.
 Retries are the client's own; only an S3 answer that is cut off is asked for again from there on.
 """
 
