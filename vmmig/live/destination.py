@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import socket
 import threading
 import time
@@ -626,8 +626,11 @@ class _Asker:
             self.link.close()
 
 
-def _readable(timeout_s: float, *sockets: Any) -> list[Any]:
-    return select.select(sockets, [], [], timeout_s)[0]
+def _readable(timeout_s: float, *watched: Any) -> list[Any]:
+    with selectors.DefaultSelector() as selector:
+        for each in watched:
+            selector.register(each, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(max(timeout_s, 0))]
 
 
 def _copy(source: GuestMemory, destination: GuestMemory) -> None:
