@@ -251,7 +251,8 @@ def test_a_destination_killed_at_any_message_leaves_the_source_running_or_in_dou
         source = small_guest()
         with Wire(url, "tcp:", passing=killing([child], way, point, passes=False)) as wire:
             outcome = outcome_of(source, wire.url, policy=ONE_PASS, timeout_s=0.3)
-        os.unlink(tmp_path / f"d{number}")
+        # One that is killed at its very last message may have tidied up before.
+        (tmp_path / f"d{number}").unlink(missing_ok=True)
         if way == 1 and point == len(back) - 17:
             assert isinstance(outcome, MigrationReport)
             continue
