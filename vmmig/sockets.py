@@ -658,7 +658,7 @@ def send_all(sock: socket.socket, views: Iterable[Buffer]) -> None:
         OSError: They are not all with the kernel; some may have been sent.
     """
     is_tls = _is_tls(sock)
-    for batch in _batches(views):
+    for batch, _ in batches(views):
         try:
             if len(batch) == 1:
                 _send_view(sock, batch[0])
@@ -778,20 +778,25 @@ def recv_fds(sock: socket.socket, count_bytes: int, most_fds: int) -> tuple[byte
     return data, fds
 
 
-def _batches(views: Iterable[Buffer]) -> Iterator[list[memoryview]]:
-    """The views, the small ones together in lists of up to 1 MiB."""
+def batches(views: Iterable[Buffer]) -> Iterator[tuple[list[memoryview], int]]:
+    """The views in lists of up to 1 MiB, each with its size; large ones are cut.
+
+    >>> [(len(views), size_bytes) for views, size_bytes in batches([b"ab", b"c", bytes(1 << 20)])]
+    [(2, 3), (1, 1048576)]
+    """
     batch: list[memoryview] = []
     batch_bytes = 0
     for chunk in views:
         view = memoryview(chunk).cast("B")
-        if batch and (batch_bytes + len(view) > _BATCH_BYTES or len(batch) == _BATCH_BUFFERS):
-            yield batch
-            batch, batch_bytes = [], 0
-        if view:
-            batch.append(view)
-            batch_bytes += len(view)
+        for start in range(0, len(view), _BATCH_BYTES):
+            piece = view[start : start + _BATCH_BYTES]
+            if batch_bytes + len(piece) > _BATCH_BYTES or len(batch) == _BATCH_BUFFERS:
+                yield batch, batch_bytes
+                batch, batch_bytes = [], 0
+            batch.append(piece)
+            batch_bytes += len(piece)
     if batch:
-        yield batch
+        yield batch, batch_bytes
 
 
 def _send_view(sock: socket.socket, view: memoryview) -> None:

@@ -131,7 +131,7 @@ class Link:
                 sent(len(piece))
             self._write(connection.send(MemoryEnd(digest.intdigest())))
         else:
-            for batch, count_bytes in _batched(views):
+            for batch, count_bytes in sockets.batches(views):
                 sockets.send_all(self.sock, batch)
                 connection.memory_sent(count_bytes)
                 sent(count_bytes)
@@ -227,19 +227,3 @@ class Link:
                     filled = 0
         if filled:
             yield stage[:filled]
-
-
-def _batched(views: Iterable[memoryview]) -> Iterator[tuple[list[memoryview], int]]:
-    """The views in batches of up to 1 MiB, large ones cut, each with its size."""
-    batch: list[memoryview] = []
-    batch_bytes = 0
-    for view in views:
-        for start in range(0, len(view), _STAGE_BYTES):
-            piece = view[start : start + _STAGE_BYTES]
-            if batch_bytes + len(piece) > _STAGE_BYTES:
-                yield batch, batch_bytes
-                batch, batch_bytes = [], 0
-            batch.append(piece)
-            batch_bytes += len(piece)
-    if batch:
-        yield batch, batch_bytes

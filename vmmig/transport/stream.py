@@ -29,7 +29,7 @@ import mmap
 import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from socket import SHUT_RD, socket
@@ -177,7 +177,7 @@ def _send_all(
         digest.update(places)
         sockets.send_fds(sock, places, [fd for fd, _, _ in batch])
         transfer.check()
-    for pieces, count_bytes in _batches(transfer.views(chunks)):
+    for pieces, count_bytes in sockets.batches(transfer.views(chunks)):
         for piece in pieces:
             digest.update(piece)
         sockets.send_all(sock, pieces)
@@ -368,19 +368,3 @@ def _refuse(sock: socket, error: MigratableError, transfer: Transfer) -> None:
 
 def _checksum(data: bytes) -> bytes:
     return _CHECKSUM.pack(xxh3_64_intdigest(data))
-
-
-def _batches(views: Iterable[memoryview]) -> Iterator[tuple[list[memoryview], int]]:
-    """The views in batches of up to 1 MiB, each with its size; large ones are cut."""
-    batch: list[memoryview] = []
-    batch_bytes = 0
-    for view in views:
-        for start in range(0, len(view), _PIECE_BYTES):
-            piece = view[start : start + _PIECE_BYTES]
-            if batch_bytes + len(piece) > _PIECE_BYTES:
-                yield batch, batch_bytes
-                batch, batch_bytes = [], 0
-            batch.append(piece)
-            batch_bytes += len(piece)
-    if batch:
-        yield batch, batch_bytes
