@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from vmmig.adapters import guest
-from vmmig.errors import MigratableError
+from vmmig.errors import MigratableError, RestoreError
 from vmmig.guest_memory import GuestMemory
 from vmmig.live import migrate, receive
 from vmmig.memory import MemoryRange
 from vmmig.precopy import PrecopyPolicy
+from vmmig.snapshot import Snapshot
 from vmmig.traits import LiveMigratable, PrecopyMigratable
 from vmmig.verify import verify
 
@@ -107,6 +108,7 @@ def test_the_machine_is_what_can_be_migrated_live() -> None:
         (None, "no configuration of a 'unicorn' machine"),
         ({"machine": "qemu"}, "no configuration of a 'unicorn' machine"),
         ({"machine": "unicorn", "id": 3}, "the machine's id is a text"),
+        ({"machine": "unicorn", "id": "m", "disks": 2}, "'disks', which this version does not"),
     ],
 )
 def test_a_foreign_configuration_is_refused(configuration: object, wrong: str) -> None:
@@ -119,3 +121,22 @@ def test_memory_of_another_shape_is_refused() -> None:
     memory = GuestMemory([MemoryRange(0, 1 << 16), MemoryRange(1 << 20, 1 << 16)])
     with pytest.raises(MigratableError, match="RAM is one region"):
         Machine(memory, output=print)
+
+
+def test_what_an_older_machine_kept_is_moved_too() -> None:
+    machine = Machine(1 << 16, output=print)
+    saved = machine.snapshot()
+    saved.add_snapshot(Snapshot("disk"))
+    machine.restore(saved, unknown="keep")
+    memory = GuestMemory([MemoryRange(0, 1 << 16)])
+    other = Machine.from_configuration(machine.configuration(), memory, output=print)
+    other.restore_state(machine.snapshot_state())
+    assert "disk" in other.snapshot().snapshots
+
+
+def test_a_state_that_lacks_a_device_is_refused() -> None:
+    machine = Machine(1 << 16, output=print)
+    state = machine.snapshot_state()
+    del state.snapshots["vcpu"]
+    with pytest.raises(RestoreError, match="no state of vcpu"):
+        machine.restore_state(state)

@@ -251,7 +251,7 @@ def test_a_receiver_that_goes_while_bytes_are_sent(url: str) -> None:
 
 @pytest.mark.parametrize("stall", [0, 1, 31, 32, 33, 47, 48, 55])
 def test_a_sender_that_stalls(url: str, stall: int) -> None:
-    receiver = Receiver(url, timeout_s=0.05)
+    receiver = Receiver(url, timeout_s=0.3)
     with sockets.connect(receiver.url) as sock:
         sockets.send_all(sock, [SENT[:stall]])
         error = receiver.join()

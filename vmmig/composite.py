@@ -160,11 +160,14 @@ class Composite(UrlTransport):
         Raises:
             SnapshotError: A part's snapshot failed or has another id, or the composite runs.
         """
+        return self._snapshot_of(self._components)
+
+    def _snapshot_of(self, names: Iterable[str]) -> Snapshot:
         self._refuse_running(SnapshotError)
         snapshot = Snapshot(self._id, dict(self._kept.snapshots), dict(self._kept.snapshot_data))
-        for name, component in self._components.items():
+        for name in names:
             try:
-                snapshot.add_snapshot(_snapshot_of(name, component))
+                snapshot.add_snapshot(_snapshot_of(name, self._components[name]))
             except BaseException as error:
                 same = "as before"
                 self._undo(SnapshotError, error, name, [], failed=same, undone=same, left=same)

@@ -13,7 +13,7 @@ from vmmig.adapters.unicorn.devices import PmTimer, PowerSwitch, SerialPort
 from vmmig.adapters.unicorn.ram import Ram
 from vmmig.adapters.unicorn.vcpu import Vcpu
 from vmmig.composite import Composite, RestoreReport
-from vmmig.errors import MigratableError
+from vmmig.errors import MigratableError, RestoreError
 from vmmig.guest_memory import GuestMemory
 from vmmig.memory import MemoryRangeTable
 from vmmig.snapshot import Snapshot
@@ -62,8 +62,8 @@ class Machine(Composite):
         # The vCPU starts after the devices; RAM, which does nothing by itself, is the last so
         # that a restore need not keep a second copy of it.
         devices: list[Snapshottable] = [self.power, self.serial, self.timer, self.vcpu]
+        self._devices = [device.id() for device in devices]
         super().__init__(id, [*devices, self.ram])
-        self._all_but_ram = Composite(id, devices)
 
     @classmethod
     def from_snapshot(cls, snapshot: Snapshot, *, output: Callable[[bytes], object]) -> Machine:
@@ -94,6 +94,11 @@ class Machine(Composite):
         """
         if not isinstance(configuration, dict) or configuration.get("machine") != MACHINE:
             raise MigratableError(f"this is no configuration of a {MACHINE!r} machine")
+        more = sorted(map(repr, configuration.keys() - {"machine", "id"}))
+        if more:
+            raise MigratableError(
+                f"the machine has {', '.join(more)}, which this version does not know"
+            )
         id = configuration.get("id")
         if not isinstance(id, str):
             raise MigratableError(f"the machine's id is a text, not {id!r}")
@@ -109,11 +114,17 @@ class Machine(Composite):
 
     def snapshot_state(self) -> Snapshot:
         """As `snapshot`, without the RAM."""
-        return self._all_but_ram.snapshot()
+        return self._snapshot_of(self._devices)
 
     def restore_state(self, snapshot: Snapshot) -> RestoreReport:
-        """As `restore`, of what `snapshot_state` gave; RAM has changed before."""
-        report = self._all_but_ram.restore(snapshot)
+        """As `restore`, of what `snapshot_state` gave; RAM has changed before.
+
+        What belongs to no part is kept, as the source kept it.
+        """
+        missing = [name for name in self._devices if name not in snapshot.snapshots]
+        if missing:
+            raise RestoreError(f"there is no state of {', '.join(missing)}")
+        report = self.restore(snapshot, missing="skip", unknown="keep")
         self.ram.changed_from_outside()
         return report
 
