@@ -131,22 +131,18 @@ class Proxy:
         self._to = port
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
-        self._sockets: list[socket.socket] = [self._server]
+        self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self._begin(self._accept)
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
 
     def close(self) -> None:
-        for end in self._sockets:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+        self._cut(self._server)
+        self._accepting.join()
+        self._server.close()
+        self._cut(*self._sockets)
         for thread in self._threads:
             thread.join()
-
-    def _begin(self, act: Any, *arguments: object) -> None:
-        thread = threading.Thread(target=act, args=arguments)
-        self._threads.append(thread)
-        thread.start()
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -154,8 +150,18 @@ class Proxy:
                 near = self._server.accept()[0]
                 far = socket.create_connection(("127.0.0.1", self._to))
                 self._sockets += [near, far]
-                self._begin(self._up, near, far)
-                self._begin(self._down, far, near)
+                thread = threading.Thread(target=self._join, args=(near, far))
+                self._threads.append(thread)
+                thread.start()
+
+    def _join(self, near: socket.socket, far: socket.socket) -> None:
+        # Each end is closed, not only shut down: a client that has more to send than the socket
+        # holds is told that by a reset, but would wait for ever for an end that is open and unread.
+        with near, far:
+            down = threading.Thread(target=self._down, args=(far, near))
+            down.start()
+            self._up(near, far)
+            down.join()
 
     def _up(self, near: socket.socket, far: socket.socket) -> None:
         moved_bytes = 0
@@ -191,9 +197,6 @@ class Proxy:
         self._cut(near, far)
 
     def _cut(self, *ends: socket.socket) -> None:
-        """End both sides; what has not been read is answered with a reset, as when a host dies."""
         for end in ends:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-        for end in ends:
-            end.close()

@@ -327,8 +327,8 @@ def test_a_download_is_cancelled(server: S3Server) -> None:
         (f"s3://{BUCKET}/nothing", {}, "there is no such object.*'nothing'"),
         (URL, {"secret": "another-secret"}, "the store refuses it"),
         (URL, {"key": "another-key"}, "the store refuses it"),
-        (URL, {"endpoint_url": "http://127.0.0.1:1/another-secret"}, "connect"),
-        (URL, {"no_such_option": "another-secret"}, "no_such_option"),
+        (URL, {"endpoint_url": "http://127.0.0.1:1/s3"}, "connect.*http://127.0.0.1:1/s3/"),
+        (URL, {"no_such_option": {"password": "another-secret"}}, "no_such_option"),
         (f"s3://{BUCKET}", {}, "it names no object"),
     ],
 )
@@ -351,6 +351,16 @@ def test_errors_are_clear_and_show_no_credentials(
         for secret in (SECRET, "another-secret", "another-key"):
             assert secret not in shown(failure)
     assert not [record for record in caplog.records if record.name.startswith("vmmig")]
+
+
+def test_what_is_no_secret_is_shown_with_the_cause() -> None:
+    with pytest.raises(MigrateReceiveError, match="there is no such object") as caught:
+        transport.recv("memory://nowhere/vm", storage_options={"note": "nowhere"})
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    with pytest.raises(MigrateReceiveError, match="there is no such object") as caught:
+        transport.recv("memory://nowhere/vm", storage_options={"api_key": "nowhere"})
+    assert caught.value.__cause__ is None
+    assert "nowhere" not in str(caught.value).partition(": there is")[2]
 
 
 @needs_server

@@ -27,6 +27,9 @@ Stage = Literal["connecting", "transferring", "confirming", "done"]
 
 _REPORT_EACH_S = 0.05
 _HIDDEN = "***"
+_SECRET_NAME = re.compile(
+    "key|secret|token|pass|pwd|credential|auth|signature|cookie|connection_string", re.IGNORECASE
+)
 
 
 class Options(TypedDict, total=False):
@@ -38,7 +41,9 @@ class Options(TypedDict, total=False):
         tls: A folder with ``ca-cert.pem`` and the ``client-`` or ``server-`` ``cert.pem`` and
             ``key.pem`` of this side, as Cloud Hypervisor lays it out.
         token: What an HTTP endpoint wants as the bearer token.
-        storage_options: What the fsspec file system of this scheme is made with.
+        storage_options: What the fsspec file system of this scheme is made with. Errors show
+            no text in it whose name is a secret's, such as ``key``, ``client_secret``,
+            ``password`` or ``sas_token``, nor the credentials and the query of a URL.
 
     >>> Options(timeout_s=5)
     {'timeout_s': 5}
@@ -183,8 +188,7 @@ class Transfer:
         self.done_bytes = 0
         self.stage: Stage = "connecting"
         self.shown_url, self._secrets = _without_credentials(url)
-        self._secrets += [*_texts(self.options.get("token"))]
-        self._secrets += [*_texts(self.options.get("storage_options"))]
+        self._secrets += [*_secrets_in(self.options)]
         self._progress = progress
         self._began_s = time.monotonic()
         self._next_report_s = 0.0
@@ -364,14 +368,24 @@ def _without_credentials(url: object) -> tuple[str, list[str]]:
     return rest, [secret for secret in secrets if len(secret) > 1]
 
 
-def _texts(value: object) -> Iterator[str]:
-    """Every text in nested options; a credential can be any of them."""
-    pending = [value]
+def _secrets_in(options: object) -> Iterator[str]:
+    """The texts under a secret's name in nested options, and the credentials of URLs there.
+
+    >>> options = {"endpoint_url": "http://me:pass@host", "key": "AKIA", "token": {"id": "1234"}}
+    >>> sorted(_secrets_in({"storage_options": options}))
+    ['1234', 'AKIA', 'me:pass', 'pass']
+    """
+    pending = [(options, False)]
     while pending:
-        value = pending.pop()
-        if isinstance(value, str) and len(value) > 3:
-            yield value
-        elif isinstance(value, Mapping):
-            pending += value.values()
+        value, secret = pending.pop()
+        if isinstance(value, Mapping):
+            pending += [
+                (each, secret or _SECRET_NAME.search(str(name)) is not None)
+                for name, each in value.items()
+            ]
         elif isinstance(value, (list, tuple)):
-            pending += value
+            pending += [(each, secret) for each in value]
+        elif isinstance(value, str) and not secret:
+            yield from _without_credentials(value)[1]
+        elif isinstance(value, str) and len(value) > 3:
+            yield value
