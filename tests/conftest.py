@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, Phase, settings
 
-# A project of its own, with its own tests: test_downstream.py runs them.
-collect_ignore = ["downstream"]
+# A project of its own, with its own tests, which test_downstream.py runs; and what needs atheris.
+collect_ignore = ["downstream", "fuzz"]
 
 # Nothing here is about time: a slow moment of the machine is no failure. To explain a failure
 # takes hypothesis many times as long as to shrink it, and many tests here make it find one.
