@@ -26,7 +26,7 @@ def loaded_by(statement: str) -> set[str]:
 def test_importing_vmmig_loads_no_optional_part() -> None:
     loaded = loaded_by("import vmmig; [getattr(vmmig, name) for name in vmmig.__all__]")
     assert "vmmig.codec" in loaded
-    optional = {"hypothesis", "pytest", "unicorn", "click", "rich", "pickle", "socket", "asyncio"}
+    optional = {"hypothesis", "pytest", "unicorn", "click", "rich", "pickle", "ssl", "asyncio"}
     assert not optional & loaded
     assert not {name for name in loaded if name.startswith(("vmmig.adapters", "vmmig.cli"))}
 
@@ -58,9 +58,10 @@ def test_type_checkers_see_the_names_that_are_there() -> None:
 
 
 def test_nothing_on_the_way_in_can_run_code() -> None:
-    source = (ROOT / "vmmig" / "codec.py").read_text()
+    sources = [path.read_text() for path in (ROOT / "vmmig" / "codec").glob("*.py")]
+    assert len(sources) > 1
     for word in ("pickle", "eval(", "exec(", "import_module", "__import__"):
-        assert word not in source
+        assert not any(word in source for source in sources)
 
 
 def test_every_public_name_is_there() -> None:

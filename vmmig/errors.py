@@ -9,6 +9,8 @@
     ├── RestoreError            Failed to restore migratable component: <cause>
     │   └── DecodeError         the bytes are not a snapshot, or one this version cannot read
     ├── MigrateSendError        Failed to send migratable component snapshot: <cause>
+    │   ├── MigrationAborted    a live migration did not happen (in `vmmig.live`)
+    │   └── MigrationInDoubt    only its destination knows whether it did
     ├── MigrateReceiveError     Failed to receive migratable component snapshot: <cause>
     ├── ProtocolError           a peer, or this side, breaks the migration protocol
     ├── ContractError           a component does not fulfil a trait (see `vmmig.verify`)

@@ -7,8 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vmmig import codec, transport
-from vmmig.codec import DEFAULT_LIMITS, Limits
-from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
+from vmmig.codec import Limits
+from vmmig.errors import (
+    MigratableError,
+    MigrateReceiveError,
+    MigrateSendError,
+    MissingExtraError,
+)
+from vmmig.sealed import descriptor_of
 from vmmig.snapshot import Snapshot
 from vmmig.transfer import CancelToken, Options, Progress, shown_url
 
@@ -20,6 +26,7 @@ def send(
     snapshot: Snapshot,
     destination_url: str | os.PathLike[str],
     *,
+    compression: str | None = None,
     progress: Callable[[Progress], object] | None = None,
     cancel: CancelToken | None = None,
     **options: Unpack[Options],
@@ -30,8 +37,10 @@ def send(
         snapshot: What to send.
         destination_url: A file, as a path or ``file:`` URL, is replaced in one step. At
             ``tcp:host:port`` and ``unix:/path``, somebody must `recv`, at once or within
-            ``timeout_s``. ``http:`` and ``https:`` PUT it. Every scheme of fsspec, ``s3:`` for
+            ``timeout_s``; over ``unix:``, sections that are a `vmmig.sealed_copy` are handed over
+            without a copy. ``http:`` and ``https:`` PUT it. Every scheme of fsspec, ``s3:`` for
             instance, is known where that is installed.
+        compression: ``zstd``, or ``zstd:1`` to ``zstd:19``, for large sections that shrink.
         progress: Is called with a `Progress` at each stage, and about 20 times a second.
         cancel: Ends it with an error, within 100 ms.
         options: See `vmmig.transfer.Options`.
@@ -45,16 +54,18 @@ def send(
     Snapshot('vm')
     """
     try:
-        encoding = codec.encode(snapshot)
+        detach = _is_sealed if transport.hands_over(destination_url) else None
+        encoding = codec.encode(snapshot, compression=compression, detach=detach)
         transport.send(
             encoding,
             destination_url,
             total_bytes=encoding.total_bytes,
+            attached=encoding.detached,
             progress=progress,
             cancel=cancel,
             **options,
         )
-    except MigrateSendError:
+    except (MigrateSendError, MissingExtraError):
         raise
     except MigratableError as error:
         raise MigrateSendError(error) from error
@@ -92,19 +103,35 @@ def recv(
     Traceback (most recent call last):
     vmmig.errors.MigrateReceiveError: Failed to receive migratable component snapshot: ...
     """
+    attached: list[memoryview] = []
+    received: list[Snapshot] = []
+
+    def accept(data: memoryview) -> None:
+        received.append(codec.loads(data, detached=attached, lazily=lazily, limits=limits))
+
     try:
         data = transport.recv(
             source_url,
-            max_bytes=(limits or DEFAULT_LIMITS).max_bytes,
+            lazily=lazily,
+            max_bytes=(limits or Limits()).max_bytes,
+            attached=attached,
+            accept=accept,
             progress=progress,
             cancel=cancel,
             **options,
         )
-        return codec.loads(data, lazily=lazily, limits=limits)
-    except MigrateReceiveError:
+        if not isinstance(data, memoryview):
+            return codec.open_ranges(data, limits=limits)
+        (snapshot,) = received
+        return snapshot
+    except (MigrateReceiveError, MissingExtraError):
         raise
     except MigratableError as error:
         raise MigrateReceiveError(f"{shown_url(source_url)!r}: {error}") from error
+
+
+def _is_sealed(view: memoryview) -> bool:
+    return descriptor_of(view) is not None
 
 
 class UrlTransport:

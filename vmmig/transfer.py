@@ -150,6 +150,8 @@ class Transfer:
         shown_url: The URL without credentials, for errors and progress.
         attached: Sections whose bytes travel beside the container as descriptors: those that
             are sent; those that came.
+        takes_attached: Whether such sections may come; else they must be refused before
+            anything is confirmed.
 
     >>> transfer = Transfer("http://me:secret@host/vm?sig=abc", MigratableError)
     >>> transfer.failure(ValueError("GET /vm?sig=abc with me:secret was refused"))
@@ -177,6 +179,7 @@ class Transfer:
         self.options: Options = options or {}
         self.timeout_s: float = self.options.get("timeout_s", 60.0)
         self.attached: list[memoryview] = []
+        self.takes_attached = False
         self.done_bytes = 0
         self.stage: Stage = "connecting"
         self.shown_url, self._secrets = _without_credentials(url)
@@ -185,6 +188,25 @@ class Transfer:
         self._progress = progress
         self._began_s = time.monotonic()
         self._next_report_s = 0.0
+        self._on_accept: Callable[[memoryview], object] | None = None
+        if not isinstance(self.timeout_s, (int, float)) or not self.timeout_s >= 0:
+            raise self.failure(f"timeout_s is {self.timeout_s!r}; it must be seconds, 0 or more")
+
+    def on_accept(self, callback: Callable[[memoryview], object] | None) -> None:
+        """Let `accept` call this."""
+        self._on_accept = callback
+
+    def accept(self, data: memoryview) -> None:
+        """All is here: see whether the caller accepts it, before the other side is told.
+
+        To call it again does nothing.
+
+        Raises:
+            MigratableError: The caller does not.
+        """
+        callback, self._on_accept = self._on_accept, None
+        if callback is not None:
+            callback(data)
 
     def enter(self, stage: Stage) -> None:
         """The transfer is at this stage now.
@@ -238,15 +260,30 @@ class Transfer:
     def failure(self, cause: object) -> MigratableError:
         """The error to raise: it names the URL and hides the credentials.
 
-        An exception becomes ``__cause__``, unless it shows credentials.
+        An exception becomes ``__cause__``, unless it or what caused it shows credentials.
         """
         if self.cancel.cancelled:
             cause = "cancelled"
         text = str(cause) or type(cause).__name__
         error = self.error(f"{self.shown_url!r}: {self.hidden(text)}")
-        harmless = isinstance(cause, BaseException) and self.hidden(repr(cause)) == repr(cause)
-        error.__cause__ = cause if harmless and isinstance(cause, BaseException) else None
+        error.__cause__ = None
+        if isinstance(cause, BaseException):
+            from traceback import TracebackException
+
+            shown = "".join(TracebackException.from_exception(cause, limit=0).format())
+            if self.hidden(shown + repr(cause)) == shown + repr(cause):
+                error.__cause__ = cause
         return error
+
+    def hide(self, *secrets: str) -> None:
+        """Let no error show these texts: credentials in another form than they were given.
+
+        >>> transfer = Transfer("http://me:p%40ss@host/vm", MigratableError)
+        >>> transfer.hide("p@ss")
+        >>> transfer.hidden("p@ss is wrong")
+        '*** is wrong'
+        """
+        self._secrets += [secret for secret in secrets if len(secret) > 1]
 
     def hidden(self, text: str) -> str:
         """``text`` without this transfer's credentials."""

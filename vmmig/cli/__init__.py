@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vmmig.errors import MigratableError, MissingExtraError
+from vmmig.errors import MissingExtraError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,13 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     SystemExit: 0
     """
     try:
-        try:
-            import click  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError("the command line", extra="cli") from error
-        from vmmig.cli.commands import vmmig
+        import click  # noqa: F401
+    except ImportError:
+        print(f"vmmig: {MissingExtraError('the command line', extra='cli')}", file=sys.stderr)
+        sys.exit(2)
+    from vmmig.cli.commands import vmmig
 
-        vmmig(arguments)
-    except MigratableError as error:
-        print(f"vmmig: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, MissingExtraError) else 1)
+    vmmig(arguments, prog_name="vmmig")

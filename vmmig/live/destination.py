@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from vmmig import sockets
 from vmmig.errors import MigratableError, MigrateReceiveError, ProtocolError
@@ -19,6 +20,7 @@ from vmmig.live.payloads import MachineConfig, state_from_json
 from vmmig.memory import MemoryRangeTable
 from vmmig.protocol import (
     ALL_FEATURES,
+    HEADER_BYTES,
     Abandon,
     Channel,
     ChannelKind,
@@ -45,7 +47,7 @@ from vmmig.transfer import CancelToken, shown_url
 from vmmig.verify import verify
 
 _PIECE_BYTES = 64 << 20
-_FURTHER_S = 5.0
+_FURTHER_S = 1.0
 _MAX_FURTHER = 256
 
 _C = TypeVar("_C", bound=PrecopyMigratable)
@@ -157,7 +159,7 @@ class _Destination:
     def run(self, listening: Callable[[str], object] | None) -> PrecopyMigratable:
         try:
             self.record.abort_pending()
-            self.listener = sockets.Listener(self.url)
+            self.listener = sockets.Listener(self.url, tls=self.tls)
         except (MigratableError, OSError) as error:
             raise self._failure(error) from error
         # A unix socket that listens does not wake who waits for it when it is shut down.
@@ -224,21 +226,29 @@ class _Destination:
 
     def _accept_main(self, timeout_s: float) -> None:
         try:
-            if not (ready := sockets.readable(self.listener, self.woken, timeout_s=timeout_s)):
-                raise TimeoutError
-            if self.woken in ready:
-                raise MigrateReceiveError("cancelled")
-            sock = self.listener.accept(timeout_s)
+            sock, start = self.listener.accept_greeted(
+                HEADER_BYTES, self._check_start, timeout_s=timeout_s, cancel=self.cancel
+            )
+            sockets.set_timeout(sock, self.timeout_s)
         except TimeoutError:
-            last = f"; the last who came: {self.last_stranger}" if self.last_stranger else ""
+            last = self.last_stranger or self.listener.refusal
+            who = f"; the last who came: {last}" if last else ""
             raise MigrateReceiveError(
                 f"no source came within {self.timeout_s:g} s; start it, or allow a longer "
-                f"timeout_s{last}"
+                f"timeout_s{who}"
             ) from None
         connection = Connection(Role.RECEIVER, limits=self.limits)
-        self.main = Link(sock, connection, timeout_s=self.timeout_s)
+        connection.receive_data(start)
+        self.main = Link(sock, connection)
         if self.cancel.cancelled:
             raise MigrateReceiveError("cancelled")
+
+    def _check_start(self, data: bytes) -> None:
+        """Refuse who does not begin with Start: whoever that is, it is no source."""
+        connection = Connection(Role.RECEIVER, limits=self.limits)
+        connection.receive_data(data)
+        if not isinstance(connection.next_event(), Start):
+            raise ProtocolError("a source begins with Start")
 
     def _converse(self) -> None:
         assert self.main is not None
@@ -273,12 +283,14 @@ class _Destination:
             ConnectionState.STATE_RECEIVED,
             ConnectionState.COMPLETED,
         ):
+            if main.is_readable():
+                break
             # The main connection is silent while others carry the memory.
             last_s = max([began_s, *(worker.last_s for worker in self.workers)])
             left_s = last_s + self.timeout_s - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError(f"the source did nothing for {self.timeout_s:g} s")
-            ready = sockets.readable(main.sock, self.listener, timeout_s=left_s)
+            ready = _readable(left_s, main.sock, self.listener)
             if self.listener in ready:
                 self._accept_further()
             if main.sock in ready:
@@ -288,7 +300,8 @@ class _Destination:
     def _accept_further(self) -> None:
         assert self.main is not None
         try:
-            sock = self.listener.accept(min(self.timeout_s, _FURTHER_S))
+            sock = self.listener.accept(timeout_s=_FURTHER_S, cancel=self.cancel)
+            sockets.set_timeout(sock, self.timeout_s)
         except (MigratableError, OSError):
             return
         self.workers = [each for each in self.workers if each.counts]
@@ -297,11 +310,11 @@ class _Destination:
             sock.close()
         elif self.main.connection.state is ConnectionState.CONFIGURED:
             assert self.memory is not None
-            link = Link(sock, self.main.connection.auxiliary(), timeout_s=self.timeout_s)
+            link = Link(sock, self.main.connection.auxiliary())
             self.workers.append(_Worker(link, self.memory))
         else:
             # Only a source that has sent Complete, and got no answer, comes now.
-            link = Link(sock, Connection(Role.RECEIVER), timeout_s=self.timeout_s)
+            link = Link(sock, Connection(Role.RECEIVER))
             self.askers.append(_Asker(link, self._answer_status))
 
     def _fulfil(self, event: Event, fds: list[int]) -> Ok:
@@ -484,7 +497,7 @@ class _Destination:
             left_s = end_s - time.monotonic()
             if left_s <= 0 or self.cancel.cancelled:
                 return
-            if self.listener in sockets.readable(self.listener, self.woken, timeout_s=left_s):
+            if self.listener in _readable(left_s, self.listener, self.woken):
                 self._accept_further()
 
     # The end.
@@ -607,6 +620,10 @@ class _Asker:
             self.link.refuse(error)
         finally:
             self.link.close()
+
+
+def _readable(timeout_s: float, *sockets: Any) -> list[Any]:
+    return select.select(sockets, [], [], timeout_s)[0]
 
 
 def _copy(source: GuestMemory, destination: GuestMemory) -> None:

@@ -41,15 +41,13 @@ class Link:
     """One socket of a migration.
 
     Args:
-        sock: The connected socket; `close` closes it.
+        sock: The connected socket, of `vmmig.sockets`; `close` closes it.
         connection: Its side of the protocol.
-        timeout_s: How long the peer may do nothing while something is awaited of it.
     """
 
-    def __init__(self, sock: socket.socket, connection: Connection, *, timeout_s: float) -> None:
+    def __init__(self, sock: socket.socket, connection: Connection) -> None:
         self.sock = sock
         self.connection = connection
-        self.timeout_s = timeout_s
         self._stage: memoryview | None = None
 
     def close(self) -> None:
@@ -59,8 +57,7 @@ class Link:
 
     def shut_down(self) -> None:
         """Wake whoever waits for the socket, from any thread."""
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        sockets.shut_down(self.sock)
 
     def ask(self, request: Message, fd: int | None = None) -> Ok:
         """Send a request, and wait for its Ok.
@@ -79,7 +76,7 @@ class Link:
         if isinstance(message, MemoryFd):
             assert fd is not None
             self._write(data[:HEADER_BYTES])
-            sockets.send_fds(self.sock, data[HEADER_BYTES:], [fd], self.timeout_s)
+            sockets.send_fds(self.sock, data[HEADER_BYTES:], [fd])
         else:
             self._write(data)
 
@@ -103,9 +100,10 @@ class Link:
                 return event
             count = min(connection.bytes_wanted, _STAGE_BYTES)
             if connection.descriptor_follows and descriptors is not None:
-                data = sockets.recv_fds(self.sock, count, descriptors, self.timeout_s)
+                data, fds = sockets.recv_fds(self.sock, count, 1)
+                descriptors += fds
             else:
-                data = sockets.recv_some(self.sock, count, self.timeout_s)
+                data = sockets.recv_some(self.sock, count)
             connection.receive_data(data)
 
     def send_memory(
@@ -134,7 +132,7 @@ class Link:
             self._write(connection.send(MemoryEnd(digest.intdigest())))
         else:
             for batch, count_bytes in _batched(views):
-                sockets.send_all(self.sock, batch, self.timeout_s)
+                sockets.send_all(self.sock, batch)
                 connection.memory_sent(count_bytes)
                 sent(count_bytes)
             connection.send(MemoryEnd())
@@ -196,11 +194,16 @@ class Link:
         with suppress(OSError, MigratableError):
             self._write(self.connection.send(Error(str(error) or repr(error))))
 
+    def is_readable(self) -> bool:
+        """Whether something came already that the kernel does not tell of: TLS keeps records."""
+        pending = getattr(self.sock, "pending", None)
+        return pending is not None and pending() > 0
+
     def _write(self, data: bytes | memoryview) -> None:
-        sockets.send_all(self.sock, [data], self.timeout_s)
+        sockets.send_all(self.sock, [data])
 
     def _fill(self, view: memoryview) -> None:
-        sockets.recv_exactly_into(self.sock, view, self.timeout_s)
+        sockets.recv_exactly_into(self.sock, view)
         self.connection.memory_received(len(view))
 
     def _staging(self) -> memoryview:

@@ -178,8 +178,8 @@ def ask(
     """
     shown = shown_url(destination_url)
     try:
-        sock = sockets.connect(destination_url, timeout_s)
-        link = Link(sock, Connection(Role.SENDER), timeout_s=timeout_s)
+        sock = sockets.connect(destination_url, timeout_s=timeout_s, tls=tls)
+        link = Link(sock, Connection(Role.SENDER))
         try:
             agreed = link.ask(Start(features=ALL_FEATURES)).features
             if Feature.SESSIONS not in agreed:
@@ -279,8 +279,8 @@ class _Source:
 
     def _link(self, connection: Connection) -> Link:
         self.meter.check()
-        sock = sockets.connect(self.url, self.timeout_s)
-        return Link(sock, connection, timeout_s=self.timeout_s)
+        sock = sockets.connect(self.url, timeout_s=self.timeout_s, tls=self.tls, cancel=self.cancel)
+        return Link(sock, connection)
 
     def _precopy(
         self, memory: GuestMemory
@@ -475,8 +475,8 @@ class _Source:
             except Exception as second:
                 left.append(f"the source could not be resumed and is paused: {second!r}")
         if self.main is not None and self.main.connection.request is None:
-            self.main.timeout_s = min(self.main.timeout_s, _ABANDON_S)
             with suppress(MigratableError, OSError):
+                sockets.set_timeout(self.main.sock, min(self.timeout_s, _ABANDON_S))
                 self.main.ask(Abandon())
         for link in (self.main, *self.further):
             if link is not None:

@@ -24,22 +24,7 @@ from vmmig.transfer import SCHEME, CancelToken, Options, Progress, Transfer
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Unpack
 
-
-class RangeReader(Protocol):
-    """Bytes of which any part can be fetched, whenever it is needed.
-
-    Attributes:
-        total_bytes: How many there are.
-    """
-
-    total_bytes: int
-
-    def read_into(self, start: int, view: memoryview, /) -> None:
-        """Fill ``view`` with the bytes from ``start`` on.
-
-        Raises:
-            MigrateReceiveError: They could not be had.
-        """
+    from vmmig.codec import RangeReader
 
 
 class Transport(Protocol):
@@ -48,8 +33,8 @@ class Transport(Protocol):
     Attributes:
         OPTIONS: The names of the `vmmig.transfer.Options` it takes; it has this attribute only
             if there are any.
-        HANDS_OVER: True where ``transfer.attached`` travels as descriptors, beside the chunks;
-            else it has no such attribute.
+        HANDS_OVER: Those of its schemes where ``transfer.attached`` travels as descriptors,
+            beside the chunks; it has this attribute only if there are any.
     """
 
     def send(self, chunks: Iterable[Buffer], transfer: Transfer, /) -> None:
@@ -64,8 +49,10 @@ class Transport(Protocol):
         """The bytes at ``transfer.url``, or, if ``transfer.lazily``, what reads parts of them.
 
         Every failure is raised as a `MigrateReceiveError`, by ``transfer.failure``; more than
-        ``transfer.max_bytes`` are refused before memory is spent on them.
+        ``transfer.max_bytes`` are refused before memory is spent on them. Where somebody waits to
+        be told that all is here, ``transfer.accept`` is given the bytes before.
         """
+        ...
 
 
 _MODULES = {
@@ -132,6 +119,7 @@ def recv(
     lazily: Literal[False] = False,
     max_bytes: int = ...,
     attached: list[memoryview] | None = None,
+    accept: Callable[[memoryview], object] | None = None,
     progress: Callable[[Progress], object] | None = None,
     cancel: CancelToken | None = None,
     **options: Unpack[Options],
@@ -145,6 +133,7 @@ def recv(
     lazily: bool,
     max_bytes: int = ...,
     attached: list[memoryview] | None = None,
+    accept: Callable[[memoryview], object] | None = None,
     progress: Callable[[Progress], object] | None = None,
     cancel: CancelToken | None = None,
     **options: Unpack[Options],
@@ -157,6 +146,7 @@ def recv(
     lazily: bool = False,
     max_bytes: int = (1 << 63) - 1,
     attached: list[memoryview] | None = None,
+    accept: Callable[[memoryview], object] | None = None,
     progress: Callable[[Progress], object] | None = None,
     cancel: CancelToken | None = None,
     **options: Unpack[Options],
@@ -168,6 +158,9 @@ def recv(
         lazily: Where parts can be fetched by themselves, get a `RangeReader`.
         max_bytes: Refuse more.
         attached: Is given what came as descriptors beside the bytes.
+        accept: Is called with the bytes, unless they are a `RangeReader`, before the sender is
+            told that they are here, where there is one who waits for that; what it raises, the
+            sender is told instead.
         progress: Is told how far it is.
         cancel: Stops it, and later reads of a `RangeReader`.
         options: See `vmmig.transfer.Options`.
@@ -191,12 +184,14 @@ a file of this name is './carrier-pigeon:vm'
         options=options,
     )
     transport = _transport(transfer)
+    if attached is not None:
+        transfer.takes_attached = True
+        transfer.attached = attached
+    transfer.on_accept(accept)
     transfer.enter("connecting")
     data = transport.recv(transfer)
-    if attached is not None:
-        attached += transfer.attached
-    elif transfer.attached:
-        raise transfer.failure("it came with descriptors, which are not expected here")
+    if isinstance(data, memoryview):
+        transfer.accept(data)
     transfer.finish()
     return data
 
@@ -207,12 +202,17 @@ def hands_over(url: str | os.PathLike[str]) -> bool:
     >>> hands_over("unix:/run/vm.sock"), hands_over("vm.vmsnap")
     (True, False)
     """
-    return getattr(_transport(Transfer(url, MigrateSendError)), "HANDS_OVER", False)
+    transport = _transport(Transfer(url, MigrateSendError))
+    return _scheme_of(url) in getattr(transport, "HANDS_OVER", ())
+
+
+def _scheme_of(url: str | os.PathLike[str]) -> str:
+    match = SCHEME.match(url) if isinstance(url, str) else None
+    return match[1].lower() if match else "file"
 
 
 def _transport(transfer: Transfer) -> Transport:
-    match = SCHEME.match(transfer.url) if isinstance(transfer.url, str) else None
-    scheme = match[1].lower() if match else "file"
+    scheme = _scheme_of(transfer.url)
     transport = _of_scheme(scheme, transfer)
     taken: frozenset[str] = getattr(transport, "OPTIONS", frozenset())
     for name in transfer.options:

@@ -122,6 +122,28 @@ def recv(transfer: Transfer) -> memoryview:
         raise MigrateReceiveError(f"{path!r}: it shrank while it was opened; try again") from error
 
 
+def check_destination(url: str | os.PathLike[str]) -> None:
+    """Nothing, if `send` would at present find a place there.
+
+    So that nothing is fetched from far away which then cannot be saved.
+
+    Raises:
+        MigrateSendError: It would not, and why.
+
+    >>> check_destination("no-such-folder/vm.vmsnap")
+    Traceback (most recent call last):
+    vmmig.errors.MigrateSendError: ...'no-such-folder/vm.vmsnap': No such file or directory; ...
+    """
+    path = path_of(url, MigrateSendError)
+    try:
+        folder, _ = _destination(path)
+        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise MigrateSendError(_explained(error, path)) from error
+
+
 def write_chunks(fd: int, chunks: Iterable[Buffer], advance: Callable[[int], object] = int) -> int:
     """Write ``chunks``, one behind the other, in large writes; many small ones take one call.
 

@@ -1,0 +1,221 @@
+"""What all commands share: how they show progress, report errors, and are cancelled."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+import click
+
+from vmmig.errors import MigratableError, MissingExtraError
+from vmmig.transfer import CancelToken, Progress
+
+_VERBOSE = "vmmig.verbose"
+_LINE_EACH_S = 0.5
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Group(click.Group):
+    """A group whose commands' errors are one line each on stderr, and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Cancelled as error:
+            print_error(error.__cause__, verbose=ctx.meta.get(_VERBOSE, False))
+            ctx.exit(128 + error.signal_number)
+        except KeyboardInterrupt:
+            print_error(None)
+            ctx.exit(128 + signal.SIGINT)
+        except MigratableError as error:
+            print_error(error, verbose=ctx.meta.get(_VERBOSE, False))
+            ctx.exit(2 if isinstance(error, MissingExtraError) else 1)
+
+
+def print_error(error: BaseException | None, *, verbose: bool = False) -> None:
+    """One line on stderr, and if ``verbose``, one more for each cause behind it.
+
+    What says nothing itself, as a KeyboardInterrupt, is called a cancellation.
+    """
+    print(f"vmmig: {str(error or '') or 'cancelled'}", file=sys.stderr)
+    while verbose and error is not None and (error := error.__cause__) is not None:
+        print(f"  caused by {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_VERBOSE] = True
+
+
+verbose = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_be_verbose,
+    help="If it fails, also print what caused the error.",
+)
+
+
+class Cancelled(Exception):
+    """A signal ended the command; ``__cause__`` is the error it ended with."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class CancelOnSignals:
+    """Within this context, Ctrl-C, SIGTERM and SIGHUP cancel the token, and nothing else.
+
+    A second signal raises KeyboardInterrupt. A signal that the process was started to ignore,
+    as by nohup, stays ignored.
+
+    Attributes:
+        token: To be given to the transfers.
+
+    Raises:
+        Cancelled: A signal came, and the block failed.
+    """
+
+    def __init__(self) -> None:
+        self.token = CancelToken()
+        self._at_once = False
+        self._signal_number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> CancelOnSignals:
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._signal_number is not None and isinstance(
+            error, (MigratableError, KeyboardInterrupt)
+        ):
+            raise Cancelled(self._signal_number) from error
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For work that watches no token and needs no cleaning up: a signal interrupts it."""
+        self._at_once = True
+        try:
+            if self.token.cancelled:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._at_once = False
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        again = self.token.cancelled
+        self._signal_number = number
+        self.token.cancel()
+        if self._at_once or again:
+            raise KeyboardInterrupt
+
+
+Show = Callable[[Progress], None]
+
+
+@contextmanager
+def showing_progress(*, as_json: bool) -> Iterator[Show]:
+    """What shows each `Progress`: as JSON lines on stdout, or as a bar if stderr is a terminal.
+
+    Else it shows nothing.
+
+    Raises:
+        MissingExtraError: There is a terminal, but rich is not installed.
+    """
+    if as_json:
+        yield _JsonLines()
+    elif sys.stderr.isatty():
+        with _bar() as show:
+            yield show
+    else:
+        yield lambda _: None
+
+
+class _JsonLines:
+    """One JSON object for each new stage, and two a second between."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, str] | None = None
+        self._next_s = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now_s = time.monotonic()
+        this = (progress.url, progress.stage)
+        if this == self._last and now_s < self._next_s:
+            return
+        self._last, self._next_s = this, now_s + _LINE_EACH_S
+        facts = {
+            "stage": progress.stage,
+            "url": progress.url,
+            "done_bytes": progress.done_bytes,
+            "total_bytes": progress.total_bytes,
+            "elapsed_s": round(progress.elapsed_s, 6),
+            "rate_bytes_per_s": round(progress.rate_bytes_per_s),
+        }
+        click.echo(json.dumps(facts))
+
+
+@contextmanager
+def _bar() -> Iterator[Show]:
+    try:
+        from rich import filesize, progress
+        from rich.console import Console
+    except ImportError as error:
+        raise MissingExtraError("the progress bar", extra="cli") from error
+    bar = progress.Progress(
+        # Not markup: an IPv6 address stands in brackets.
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    shown: tuple[str, str] | None = None
+
+    def show(event: Progress) -> None:
+        nonlocal shown
+        if event.stage == "done":
+            rate = filesize.decimal(int(event.rate_bytes_per_s))
+            size = filesize.decimal(event.done_bytes)
+            bar.console.print(
+                f"{event.url}: {size} in {event.elapsed_s:.1f} s, {rate}/s",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+        elif (event.url, event.stage) != shown:
+            shown = (event.url, event.stage)
+            # Starts the clock again, so that the rate is that of this stage.
+            bar.reset(
+                task,
+                total=event.total_bytes,
+                completed=event.done_bytes,
+                description=f"{event.stage} {event.url}",
+            )
+        else:
+            bar.update(task, total=event.total_bytes, completed=event.done_bytes)
+
+    with bar:
+        task = bar.add_task("", total=None)
+        yield show
