@@ -100,7 +100,7 @@ class Link:
                 return event
             count = min(connection.bytes_wanted, _STAGE_BYTES)
             if connection.descriptor_follows and descriptors is not None:
-                data, fds = sockets.recv_fds(self.sock, count, 1)
+                data, fds = sockets.recv_fds(self.sock, count, sockets.MAX_DESCRIPTORS)
                 descriptors += fds
             else:
                 data = sockets.recv_some(self.sock, count)
