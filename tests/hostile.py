@@ -20,12 +20,21 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from vmmig import Limits, MigratableError, MigrateReceiveError, MigrateSendError, Snapshot
+from vmmig import (
+    Limits,
+    MigratableError,
+    MigrateReceiveError,
+    MigrateSendError,
+    Snapshot,
+    dumps,
+    load,
+    loads,
+    recv,
+    send,
+)
 from vmmig import SnapshotDataSection as Section
-from vmmig import dumps, load, loads, recv, send
 from vmmig.codec import HEADER_BYTES, encode, open_ranges, read_header
 from vmmig.codec.layout import Layout, decode_index
-from vmmig.errors import DecodeError
 from vmmig.transfer import Progress
 
 LIMITS = Limits(max_nodes=1000, max_bytes=1 << 22, max_id_bytes=1 << 12)
@@ -149,10 +158,8 @@ def _stream(data: bytes) -> None:
                     peers.append(sock)
 
         received: Snapshot | None = None
-        try:
+        with suppress(MigrateReceiveError):
             received = recv(f"unix:{path}", limits=LIMITS, progress=connect, timeout_s=20)
-        except MigrateReceiveError:
-            pass
         assert os.listdir(folder) == []
         said = [_all_of(sock) for sock in peers]
         took = [b"VMA\n\x02" in answers for answers in said]
@@ -225,7 +232,7 @@ def http_answer(data: bytes) -> None:
         try:
             dumps(recv(url, lazily=lazily, limits=LIMITS, timeout_s=_NO_REPETITION_S))
         except MigratableError as error:
-            assert lazily or isinstance(error, MigrateReceiveError)
+            assert lazily or isinstance(error, MigrateReceiveError)  # noqa: PT017
     with suppress(MigrateSendError):
         send(HONEST, url, timeout_s=_NO_REPETITION_S)
 

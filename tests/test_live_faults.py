@@ -479,3 +479,21 @@ def test_an_interrupt_at_the_destination_leaves_the_source(method: str, tmp_path
     again = Receiving(paused_guest(), record=record)
     assert ask(again.url, outcome.key) is Outcome.ABORTED
     again.drop()
+
+
+@pytest.mark.parametrize("greeting", [b"", b"\1", b"\1\0" + bytes(14), b"GET / HTTP/1.1\r\n\r\n"])
+def test_a_stranger_who_came_first_and_stays_holds_no_source_up(greeting: bytes) -> None:
+    source = small_guest()
+    receiving = Receiving(paused_guest())
+    with connected(receiving.url) as stranger:
+        stranger.sendall(greeting)
+        if greeting.startswith(b"GET"):
+            stranger.recv(16)
+        if greeting != b"\1\0" + bytes(14):
+            outcome = outcome_of(source, receiving.url, policy=ONE_PASS)
+            assert settled(source, outcome, receiving) == "committed"
+            return
+        # Who speaks the protocol is a source, as long as the connection holds.
+        stranger.recv(16)
+    outcome = outcome_of(source, receiving.url, policy=ONE_PASS)
+    assert settled(source, outcome, receiving) == "committed"

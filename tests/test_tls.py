@@ -14,6 +14,8 @@ import pytest
 
 from vmmig import tls, transport
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
+from vmmig.live import MigrationAborted, migrate, receive
+from vmmig.testing.components import LiveCounter
 from vmmig.transfer import CancelToken, Progress
 
 trustme = pytest.importorskip("trustme")
@@ -298,3 +300,57 @@ def test_a_cancelled_handshake_ends_at_once(good: Path) -> None:
             send(f"tcp:127.0.0.1:{listener.getsockname()[1]}", tls=good, cancel=cancel)
         ended.set()
         thread.join()
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_a_machine_moves_live_over_tls(good: Path, connections: int) -> None:
+    source, destination = LiveCounter(), LiveCounter()
+    source.guest_memory().write(1 << 16, bytes(range(256)) * 2048)
+    source.count(7)
+    urls: list[str] = []
+    ready = threading.Event()
+
+    def listening(url: str) -> None:
+        urls.append(url)
+        ready.set()
+
+    options: dict[str, Any] = {"listening": listening, "tls": good, "timeout_s": TIMEOUT_S}
+    thread = threading.Thread(target=receive, args=(destination, "tcp:127.0.0.1:0"), kwargs=options)
+    thread.start()
+    ready.wait()
+    report = migrate(source, urls[0], connections=connections, tls=good, timeout_s=TIMEOUT_S)
+    thread.join()
+    assert report.sent_bytes
+    assert destination.counted == 7
+    assert destination.guest_memory().read(0, 1 << 20) == source.guest_memory().read(0, 1 << 20)
+
+
+def test_a_machine_does_not_move_to_whom_it_cannot_trust(
+    tmp_path: Path, good: Path, foreign: Any
+) -> None:
+    other = folder(tmp_path / "other", foreign)
+    urls: list[str] = []
+    ready = threading.Event()
+    token = CancelToken()
+    failed: list[MigratableError] = []
+
+    def listening(url: str) -> None:
+        urls.append(url)
+        ready.set()
+
+    def wait() -> None:
+        try:
+            receive(LiveCounter(), "tcp:127.0.0.1:0", listening=listening, tls=good, cancel=token)
+        except MigrateReceiveError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    ready.wait()
+    source = LiveCounter()
+    with pytest.raises(MigrationAborted, match="certificate"):
+        migrate(source, urls[0], tls=other, timeout_s=TIMEOUT_S)
+    assert not source.paused
+    token.cancel()
+    thread.join()
+    assert failed

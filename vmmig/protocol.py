@@ -122,9 +122,6 @@ _SECRET_BYTES = 16
 _PLAIN = bytes(6)
 _OK, _ERROR = 1, 2
 
-REFUSAL = _HEADER.pack(_ERROR, _PLAIN, 0)
-"""An Error without a text: for a peer that has not even begun."""
-
 
 class Role(enum.Enum):
     """Which side of a migration a connection is on.

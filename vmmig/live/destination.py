@@ -21,7 +21,6 @@ from vmmig.memory import MemoryRangeTable
 from vmmig.protocol import (
     ALL_FEATURES,
     HEADER_BYTES,
-    REFUSAL,
     Abandon,
     Channel,
     ChannelKind,
@@ -227,12 +226,9 @@ class _Destination:
 
     def _accept_main(self, timeout_s: float) -> None:
         try:
-            sock, start = self.listener.accept_greeted(
-                HEADER_BYTES,
-                self._check_start,
-                answer=lambda _: REFUSAL,
-                timeout_s=timeout_s,
-                cancel=self.cancel,
+            # Read beside those of others: who comes and says nothing holds nobody up.
+            sock, request = self.listener.accept_greeted(
+                HEADER_BYTES, timeout_s=timeout_s, cancel=self.cancel
             )
             sockets.set_timeout(sock, self.timeout_s)
         except TimeoutError:
@@ -243,16 +239,10 @@ class _Destination:
                 f"timeout_s{who}"
             ) from None
         connection = Connection(Role.RECEIVER, limits=self.limits)
-        connection.receive_data(start)
+        connection.receive_data(request)
         self.main = Link(sock, connection)
         if self.cancel.cancelled:
             raise MigrateReceiveError("cancelled")
-
-    def _check_start(self, data: bytes) -> None:
-        """Refuse who does not begin as the protocol does: whoever that is, it is no source."""
-        connection = Connection(Role.RECEIVER, limits=self.limits)
-        connection.receive_data(data)
-        connection.next_event()
 
     def _converse(self) -> None:
         assert self.main is not None
@@ -322,7 +312,9 @@ class _Destination:
             self.askers.append(_Asker(link, self._answer_status))
 
     def _fulfil(self, event: Event, fds: list[int]) -> Ok:
-        self.has_begun |= not isinstance(event, Start | SessionStatus)
+        assert self.main is not None
+        if self.main.connection.state is not ConnectionState.ESTABLISHED:
+            self.has_begun |= not isinstance(event, SessionStatus)
         match event:
             case Start():
                 return Ok(features=ALL_FEATURES)
