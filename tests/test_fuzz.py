@@ -28,7 +28,9 @@ def changed(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     for _ in range(draw(st.integers(0, 4))):
         at, other = (draw(st.integers(0, len(data))) for _ in range(2))
         start, end = sorted((at, other))
-        kind = draw(st.sampled_from("bit number cut remove repeat splice insert".split()))
+        kind = draw(
+            st.sampled_from(["bit", "number", "cut", "remove", "repeat", "splice", "insert"])
+        )
         if kind == "bit" and at < len(data):
             data = data[:at] + bytes([data[at] ^ 1 << draw(st.integers(0, 7))]) + data[at + 1 :]
         elif kind == "number":
