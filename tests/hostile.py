@@ -30,6 +30,7 @@ from vmmig import (
     dumps,
     load,
     loads,
+    protocol,
     recv,
     send,
 )
@@ -284,51 +285,46 @@ def request(data: bytes) -> None:
         file.unlink()
 
 
+# Messages: of a live migration
+
+
+def messages(data: bytes) -> None:
+    """What a peer of a live migration sends, as one piece and byte by byte, is the same."""
+    assert _events(data, len(data) or 1) == _events(data, 1)
+
+
+def _events(data: bytes, piece_bytes: int) -> list[str]:
+    limits = protocol.MessageLimits(1 << 16, 1 << 16, 1000)
+    connection = protocol.Connection(protocol.Role.RECEIVER, limits=limits)
+    events, memory = [], b""
+    pieces = [data[at : at + piece_bytes] for at in range(0, len(data), piece_bytes)]
+    try:
+        for piece in [*pieces, b""]:
+            connection.receive_data(piece)
+            while not isinstance(event := connection.next_event(), protocol.Wait):
+                if isinstance(event, protocol.MemoryData):
+                    memory += bytes(event.data)
+                else:
+                    events.append(repr(event))
+                is_memory = isinstance(event, protocol.Memory | protocol.MemoryData)
+                if connection.request is not None and not is_memory:
+                    outcome = None
+                    if isinstance(event, protocol.SessionStatus):
+                        outcome = protocol.SessionOutcome.PENDING
+                    connection.send(protocol.Ok(outcome=outcome))
+    except MigratableError as error:
+        events.append(type(error).__name__)
+    return [*events, repr(memory)]
+
+
 RECEIVERS: dict[str, Callable[[bytes], None]] = {
     "container": container,
     "stream": stream,
     "stream_answer": stream_answer,
     "http_answer": http_answer,
     "request": request,
+    "messages": messages,
 }
-
-
-# Live migration
-
-try:
-    from vmmig import protocol
-except ImportError:
-    pass
-else:
-
-    def messages(data: bytes) -> None:
-        """What a peer of a live migration sends, as one piece and byte by byte, is the same."""
-        assert _events(data, len(data) or 1) == _events(data, 1)
-
-    def _events(data: bytes, piece_bytes: int) -> list[str]:
-        limits = protocol.MessageLimits(1 << 16, 1 << 16, 1000)
-        connection = protocol.Connection(protocol.Role.RECEIVER, limits=limits)
-        events, memory = [], b""
-        pieces = [data[at : at + piece_bytes] for at in range(0, len(data), piece_bytes)]
-        try:
-            for piece in [*pieces, b""]:
-                connection.receive_data(piece)
-                while not isinstance(event := connection.next_event(), protocol.Wait):
-                    if isinstance(event, protocol.MemoryData):
-                        memory += bytes(event.data)
-                    else:
-                        events.append(repr(event))
-                    is_memory = isinstance(event, protocol.Memory | protocol.MemoryData)
-                    if connection.request is not None and not is_memory:
-                        outcome = None
-                        if isinstance(event, protocol.SessionStatus):
-                            outcome = protocol.SessionOutcome.PENDING
-                        connection.send(protocol.Ok(outcome=outcome))
-        except MigratableError as error:
-            events.append(type(error).__name__)
-        return [*events, repr(memory)]
-
-    RECEIVERS["messages"] = messages
 
 
 # What is right, to begin with

@@ -174,7 +174,6 @@ def test_a_cancelled_send_leaves_what_was_there(url: str, stage: str) -> None:
         send(NEW, url, progress=cancel, cancel=token)
     except MigrateSendError as error:
         failure = str(error)
-    print(failure)
     assert ("cancelled" in failure) == (stage != "done")
     assert recv(url) == (OLD if failure else NEW)
 
