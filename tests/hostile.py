@@ -380,6 +380,7 @@ def _requests() -> list[bytes]:
         ask("PUT /old", "Content-Length: 3", "If-None-Match: *", body=b"abc"),
         ask("PUT /%2e%2e/x", "Content-Length: 1", "Authorization: Bearer x", body=b"a"),
         ask("PUT /d", "Content-Length: 1", "Repr-Digest: sha-256=:AAAA:", close, body=b"a"),
+        b"GET /old HTTP/1.1\r\n\tHost: x\r\n\r\n",
         ask("OPTIONS *", close) + ask("GET http://x/old?a=b"),
     ]
 
