@@ -79,6 +79,12 @@ def test_http_clients(data: bytes) -> None:
     hostile.request(data)
 
 
+@settings(max_examples=200)
+@given(changed(hostile.SEEDS["messages"]))
+def test_peers_of_a_live_migration(data: bytes) -> None:
+    hostile.messages(data)
+
+
 @pytest.mark.parametrize("name", hostile.RECEIVERS)
 def test_right_inputs(name: str) -> None:
     for seed in hostile.SEEDS[name]:

@@ -34,6 +34,7 @@ from vmmig.transport import file
 try:
     from cheroot import wsgi
     from cheroot.makefile import MakeFile
+    from cheroot.server import HeaderReader, HTTPConnection, HTTPRequest
     from cheroot.ssl import Adapter
 except ImportError as missing:
     raise MissingExtraError("the HTTP server", extra="http") from missing
@@ -540,7 +541,25 @@ class _Tls(Adapter):
         return MakeFile(sock, mode, bufsize)
 
 
+class _HeaderReader(HeaderReader):
+    def __call__(self, rfile: Any, hdict: Any = None) -> Any:
+        try:
+            return super().__call__(rfile, hdict)
+        except UnboundLocalError:
+            raise ValueError("the first header continues none") from None
+
+
+class _Request(HTTPRequest):
+    header_reader = _HeaderReader()
+
+
+class _Connection(HTTPConnection):
+    RequestHandlerClass = _Request
+
+
 class _Server(wsgi.Server):
+    ConnectionClass = _Connection
+
     def error_log(self, msg: str = "", level: int = 20, traceback: bool = False) -> None:
         """One line for each failed connection; the traceback says nothing more to a user."""
         if sys.stderr is not None:
