@@ -16,7 +16,7 @@ from vmmig.errors import MigratableError, MigrateReceiveError, ProtocolError
 from vmmig.guest_memory import GuestMemory
 from vmmig.live.handover import SessionKey, SessionRecord
 from vmmig.live.link import Link
-from vmmig.live.payloads import MachineConfig, state_from_json
+from vmmig.live.payloads import MachineConfig, state_from_json, warm_up
 from vmmig.memory import MemoryRangeTable
 from vmmig.protocol import (
     ALL_FEATURES,
@@ -158,6 +158,7 @@ class _Destination:
 
     def run(self, listening: Callable[[str], object] | None) -> PrecopyMigratable:
         try:
+            warm_up()
             self.record.abort_pending()
             self.listener = sockets.Listener(self.url, tls=self.tls)
         except (MigratableError, OSError) as error:

@@ -18,7 +18,7 @@ from vmmig.errors import MigratableError, MigrateSendError
 from vmmig.guest_memory import GuestMemory
 from vmmig.live.handover import Outcome, SessionKey
 from vmmig.live.link import Link, PeerError
-from vmmig.live.payloads import MachineConfig, state_to_json
+from vmmig.live.payloads import MachineConfig, state_to_json, warm_up
 from vmmig.live.report import Downtime, MigrationProgress, MigrationReport, Phase
 from vmmig.memory import MemoryRangeTable
 from vmmig.precopy import Decision, IterationStatistics, PrecopyPolicy, decide
@@ -258,6 +258,7 @@ class _Source:
 
     def _connect(self, memory: GuestMemory, configuration: object) -> None:
         self.meter.enter("connecting")
+        warm_up()
         config = MachineConfig.of(memory, configuration).to_json()
         self.main = main = self._link(Connection(Role.SENDER))
         agreed = main.ask(Start(features=ALL_FEATURES)).features
