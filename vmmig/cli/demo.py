@@ -19,25 +19,16 @@ import attrs
 import click
 
 from vmmig.adapters import guest
+from vmmig.cli import guests
+from vmmig.cli.guests import MIB, booted
 from vmmig.errors import MigratableError
 from vmmig.migration import recv, send
 
-_MIB = 1 << 20
 _DOTS_A_ROUND = 16
 _CHECK_S = 0.1
 
 _json = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document; all else goes to stderr."
-)
-_ram_mib = click.option(
-    "--ram-mib", type=click.IntRange(min=1), default=48, show_default=True, help="The guest's RAM."
-)
-_rounds = click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="How often the guest hashes all of its RAM.",
 )
 
 
@@ -62,8 +53,8 @@ class _Screen:
 
 
 @click.command()
-@_ram_mib
-@_rounds
+@guests.ram_mib
+@guests.rounds
 @_json
 @click.option(
     "--keep",
@@ -81,14 +72,14 @@ def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None, live: bool
     machine that was never interrupted, and with what Python's hashlib computes. The exit status
     is 0 if all are equal, and no byte of the console was lost or doubled.
     """
-    from vmmig.adapters.unicorn import Machine
+    import vmmig.adapters.unicorn  # noqa: F401 - if it is missing, nothing is begun
 
     if live:
         if keep is not None:
             raise click.UsageError("--live makes no snapshot that --keep could keep")
         _demo_live(ram_mib, rounds, as_json)
     screen = _Screen(sys.stderr if as_json else sys.stdout)
-    facts: dict[str, Any] = {"ram_bytes": ram_mib * _MIB, "rounds": rounds, "pid": os.getpid()}
+    facts: dict[str, Any] = {"ram_bytes": ram_mib * MIB, "rounds": rounds, "pid": os.getpid()}
     times_s: dict[str, float] = {}
     started_s = time.monotonic()
     size = ["--ram-mib", str(ram_mib), "--rounds", str(rounds)]
@@ -107,8 +98,7 @@ def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None, live: bool
             if console.count(b".") > rounds * _DOTS_A_ROUND // 2:
                 half_way.set()
 
-        machine = Machine(ram_mib * _MIB, output=output)
-        machine.boot(guest.code(), gpa=guest.ENTRY, rdi=ram_mib * _MIB, rsi=rounds)
+        machine = booted(ram_mib, rounds, output)
         machine.resume()
         while not half_way.wait(_CHECK_S) and not machine.wait(0):
             pass
@@ -129,7 +119,7 @@ def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None, live: bool
         screen.say(
             f"Paused in {_ms(times_s['pause'])}, after {facts['ran_s']:.1f} s, at address "
             f"{facts['paused_at_rip']:#x}. Snapshot of {len(snapshot.snapshots)} components in "
-            f"{_ms(times_s['snapshot'])}; its {facts['snapshot_bytes'] / _MIB:.1f} MiB saved, "
+            f"{_ms(times_s['snapshot'])}; its {facts['snapshot_bytes'] / MIB:.1f} MiB saved, "
             f"durably, in {_ms(times_s['save'])}."
         )
         with _vmmig("run", str(path)) as second:
@@ -146,7 +136,7 @@ def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None, live: bool
         )
         whole = uninterrupted.report()
     with _timed(times_s, "hashlib"):
-        expected = guest.expected_digest(ram_mib * _MIB, rounds)
+        expected = guest.expected_digest(ram_mib * MIB, rounds)
     facts["digests"] = {
         "suspended and continued": _digest(moved["console"]),
         "never interrupted": _digest(whole["console"]),
@@ -177,7 +167,6 @@ def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None, live: bool
 
 
 def _demo_live(ram_mib: int, rounds: int, as_json: bool) -> NoReturn:
-    from vmmig.adapters.unicorn import Machine
     from vmmig.cli.live import told
     from vmmig.live import migrate
     from vmmig.precopy import PrecopyPolicy
@@ -193,8 +182,7 @@ def _demo_live(ram_mib: int, rounds: int, as_json: bool) -> NoReturn:
         if console.count(b".") > rounds * _DOTS_A_ROUND // 4:
             half_way.set()
 
-    machine = Machine(ram_mib * _MIB, output=output)
-    machine.boot(guest.code(), gpa=guest.ENTRY, rdi=ram_mib * _MIB, rsi=rounds)
+    machine = booted(ram_mib, rounds, output)
     with _vmmig("receive", "tcp:127.0.0.1:0") as second:
         url = second.first_line().removeprefix("listening at ")
         screen.say(f"Process {second.pid} waits at {url}.")
@@ -213,7 +201,7 @@ def _demo_live(ram_mib: int, rounds: int, as_json: bool) -> NoReturn:
         screen.say(f"Process {second.pid} runs it on:")
         second.show(screen)
         moved = second.report()
-    expected = guest.expected_digest(ram_mib * _MIB, rounds)
+    expected = guest.expected_digest(ram_mib * MIB, rounds)
     whole = console.decode("latin-1") + moved["console"]
     digest = _digest(whole)
     same_console = whole.count(".") == rounds * min(_DOTS_A_ROUND, ram_mib * 16 - 1)
@@ -243,8 +231,8 @@ def _demo_live(ram_mib: int, rounds: int, as_json: bool) -> NoReturn:
 
 @click.command()
 @click.argument("snapshot", required=False)
-@_ram_mib
-@_rounds
+@guests.ram_mib
+@guests.rounds
 @_json
 def run(snapshot: str | None, ram_mib: int, rounds: int, as_json: bool) -> None:
     """Run the demo's machine to its end, from SNAPSHOT on or from its start.
@@ -262,8 +250,7 @@ def run(snapshot: str | None, ram_mib: int, rounds: int, as_json: bool) -> None:
         click.echo(byte.decode("latin-1"), file=stream, nl=False)
 
     if snapshot is None:
-        machine = Machine(ram_mib * _MIB, output=output)
-        machine.boot(guest.code(), gpa=guest.ENTRY, rdi=ram_mib * _MIB, rsi=rounds)
+        machine = booted(ram_mib, rounds, output)
     else:
         with _timed(times_s, "load"):
             saved = recv(snapshot)

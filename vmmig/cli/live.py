@@ -12,14 +12,14 @@ from typing import Any, cast
 
 import click
 
-from vmmig.adapters import guest
+from vmmig.cli import guests
 from vmmig.cli.console import CancelOnSignals, showing_progress
+from vmmig.cli.guests import booted
 from vmmig.errors import MigratableError
 from vmmig.guest_memory import GuestMemory
 from vmmig.precopy import PrecopyPolicy, format_bytes, format_seconds
 from vmmig.transfer import Progress, Stage, shown_url
 
-MIB = 1 << 20
 _MACHINES = {"unicorn": "vmmig.adapters.unicorn:Machine"}
 _ENTRY_POINTS = "vmmig.machines"
 _ASK_EACH_S = 1.0
@@ -99,8 +99,8 @@ def _policy(options: dict[str, Any]) -> PrecopyPolicy:
     metavar="FILE",
     help="The machine's snapshot, of `vmmig demo --keep`; else the demo's machine starts.",
 )
-@click.option("--ram-mib", type=click.IntRange(min=1), default=48, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True)
+@guests.ram_mib
+@guests.rounds
 @click.option(
     "--after",
     type=click.FloatRange(min=0),
@@ -159,8 +159,7 @@ def migrate(
         click.echo(data.decode("latin-1"), file=stream, nl=False)
 
     if snapshot is None:
-        machine = Machine(ram_mib * MIB, output=output)
-        machine.boot(guest.code(), gpa=guest.ENTRY, rdi=ram_mib * MIB, rsi=rounds)
+        machine = booted(ram_mib, rounds, output)
     else:
         from vmmig.migration import recv
 

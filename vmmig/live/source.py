@@ -217,7 +217,6 @@ class _Source:
         self.policy = policy
         self.connections = connections
         self.resume = resume
-        self.progress = progress
         self.cancel = cancel
         self.timeout_s = timeout_s
         self.tls = tls
