@@ -1,8 +1,8 @@
 """A component's state: an attrs class with a name and a version, as a section and back.
 
 >>> import attrs
->>> from vmmig.state import Added, U8, load_state, save_state, state
->>> @state("serial", 2, history={2: Added("scr", 0)})
+>>> from vmmig.state import Added, U8, load_state, save_state, versioned
+>>> @versioned("serial", 2, history={2: Added("scr", 0)})
 ... @attrs.define
 ... class SerialState:
 ...     lcr: U8 = 0
@@ -24,9 +24,9 @@ from vmmig.state.section import (
     peek,
     put_state,
     save_state,
-    state,
     state_type,
     subsection,
+    versioned,
     writing_versions,
 )
 from vmmig.state.types import I8, I16, I32, I64, U8, U16, U32, U64, Length, Range
@@ -58,8 +58,8 @@ __all__ = [
     "peek",
     "put_state",
     "save_state",
-    "state",
     "state_type",
     "subsection",
+    "versioned",
     "writing_versions",
 ]

@@ -10,19 +10,20 @@ and more stand in a section of their own, named by the field's path, to which ex
 from __future__ import annotations
 
 import sys
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import attrs
 import cattrs
 import msgpack
 
-from vmmig.errors import DecodeError, MigratableError, RestoreError, SnapshotError
+from vmmig.errors import DecodeError, MigratableError, SnapshotError
 from vmmig.snapshot import Buffer, Snapshot, SnapshotDataSection, raw_view
-from vmmig.state.history import Change, Fields, History, LostError
+from vmmig.state.history import Change, Fields, History, plain
 from vmmig.state.types import Json, Kind, Misfit, compile_fields, fields_of, hints_of
 
 T = TypeVar("T")
@@ -54,9 +55,13 @@ class _Subsection:
     default: Callable[[], Any]
     needed: Callable[[Any], bool]
 
+    def default_on_the_wire(self) -> Any:
+        default = self.default()
+        return [0] if default is None else plain(self.type.kind.write(default))
+
 
 class StateType:
-    """What is declared of a state; the decorator `state` makes it.
+    """What is declared of a state; the decorator `versioned` makes it.
 
     Attributes:
         name: The state's name, which stands in every section.
@@ -65,7 +70,7 @@ class StateType:
         writer: Who writes it.
         history: What each version changed.
 
-    >>> @state("timer", 1)
+    >>> @versioned("timer", 1)
     ... @attrs.define
     ... class Timer:
     ...     elapsed_ns: int = 0
@@ -100,7 +105,7 @@ class StateType:
         self.converter = cattrs.Converter(detailed_validation=False)
         self.converter.register_structure_hook(cls, self._structure)
         self.converter.register_unstructure_hook(cls, self._body)
-        self.has_buffers = any(kind.has_buffers for _, kind in self.fields.values()) or any(
+        self.has_buffers: bool = any(kind.has_buffers for _, kind in self.fields.values()) or any(
             sub.type.has_buffers for sub in self.subsections.values()
         )
         json: Json = {"type": "state", "name": name}
@@ -120,7 +125,7 @@ class StateType:
         """The oldest version that can be written.
 
         >>> from vmmig.state import Added, Changed
-        >>> @state("nic", 3, history={2: Added("mtu", 1500), 3: Changed(dict)})
+        >>> @versioned("nic", 3, history={2: Added("mtu", 1500), 3: Changed(dict)})
         ... @attrs.define
         ... class Nic:
         ...     mtu: int = 1500
@@ -256,7 +261,7 @@ class StateType:
         return self._body(value)
 
 
-def state(
+def versioned(
     name: str,
     version: int,
     *,
@@ -279,7 +284,7 @@ def state(
         MigratableError: The class cannot be a state; the error says why.
 
     >>> from vmmig.state import U8, Added, Renamed
-    >>> @state("serial", 3, history={2: Added("scr", 0), 3: Renamed("mode", "lcr")})
+    >>> @versioned("serial", 3, history={2: Added("scr", 0), 3: Renamed("mode", "lcr")})
     ... @attrs.define
     ... class Serial:
     ...     lcr: U8 = 0
@@ -323,7 +328,7 @@ def state(
         declared = StateType(cls, name, version, changes, minimum, own, names)
         cls.__vmmig_state__ = declared  # type: ignore[attr-defined]
         _STATES[name] = declared
-        return cls
+        return cast(type[T], cls)
 
     return declare
 
@@ -334,7 +339,7 @@ def subsection(
     factory: Callable[[], Any] | None = None,
     needed: Callable[[Any], bool] | None = None,
 ) -> Any:
-    """An attrs field that is written only when it is needed; its type is a `state` of its own.
+    """An attrs field that is written only when it is needed; its type is a state of its own.
 
     A reader that does not know it can still restore every state in which it is not needed.
 
@@ -344,11 +349,11 @@ def subsection(
         needed: Whether a state needs it; else, whether it is another than what it is by default.
 
     >>> from vmmig.state import U8
-    >>> @state("serial/fifo", 1)
+    >>> @versioned("serial/fifo", 1)
     ... @attrs.define
     ... class Fifo:
     ...     received: list[U8] = attrs.field(factory=list)
-    >>> @state("serial", 1)
+    >>> @versioned("serial", 1)
     ... @attrs.define
     ... class Serial:
     ...     lcr: U8 = 0
@@ -371,13 +376,13 @@ def state_type(thing: Any) -> StateType:
 
     >>> state_type(3)
     Traceback (most recent call last):
-    vmmig.errors.MigratableError: int is no state; the decorator vmmig.state makes a class one
+    vmmig.errors.MigratableError: int is no state; the decorator vmmig.versioned makes a class one
     """
     cls = thing if isinstance(thing, type) else type(thing)
     declared: StateType | None = vars(cls).get("__vmmig_state__")
     if declared is None:
         raise MigratableError(
-            f"{cls.__qualname__} is no state; the decorator vmmig.state makes a class one"
+            f"{cls.__qualname__} is no state; the decorator vmmig.versioned makes a class one"
         )
     return declared
 
@@ -385,7 +390,7 @@ def state_type(thing: Any) -> StateType:
 def declared_states() -> dict[str, StateType]:
     """Every state that is declared in this process, by its name.
 
-    >>> @state("rtc", 1)
+    >>> @versioned("rtc", 1)
     ... @attrs.define
     ... class Rtc:
     ...     seconds: int = 0
@@ -406,7 +411,7 @@ def writing_versions(targets: Mapping[str, int | Target]) -> Iterator[None]:
         SnapshotError: When a state is saved that the older version has no place for.
 
     >>> from vmmig.state import Added
-    >>> @state("mouse", 2, history={2: Added("wheel", 0)})
+    >>> @versioned("mouse", 2, history={2: Added("wheel", 0)})
     ... @attrs.define
     ... class Mouse:
     ...     x: int = 0
@@ -433,7 +438,7 @@ def save_state(id: str, value: Any, *, section: str = "state") -> Snapshot:
     Raises:
         SnapshotError: A field does not hold what its type says; the error names it.
 
-    >>> @state("power", 1)
+    >>> @versioned("power", 1)
     ... @attrs.define
     ... class Power:
     ...     is_off: bool = False
@@ -458,7 +463,7 @@ def load_state(snapshot: Snapshot, cls: type[T], *, section: str = "state") -> T
         RestoreError: It is not there, there is more, or it does not fit; the error names the
             section, the field, the versions found and supported, and who wrote it.
 
-    >>> @state("power", 1)
+    >>> @versioned("power", 1)
     ... @attrs.define
     ... class Power:
     ...     is_off: bool = False
@@ -475,7 +480,7 @@ def put_state(snapshot: Snapshot, value: Any, *, section: str = "state") -> None
     Raises:
         SnapshotError: A field does not hold what its type says; the error names it.
 
-    >>> @state("power", 1)
+    >>> @versioned("power", 1)
     ... @attrs.define
     ... class Power:
     ...     is_off: bool = False
@@ -486,12 +491,8 @@ def put_state(snapshot: Snapshot, value: Any, *, section: str = "state") -> None
     """
     declared = state_type(value)
     try:
-        version, fields, present = declared.converter.unstructure(value)
-        large: dict[str, Buffer] = {}
-        if declared.has_buffers:
-            fields, present = _detached(fields, "", large), _detached(present, "", large)
-        head = [declared.name, version, declared.writer, fields, present]
-        payload = MAGIC + msgpack.packb(head, default=_unpackable)
+        body = declared.converter.unstructure(value)
+        sections = pack_state(section, declared.name, declared.writer, body)
     except (Misfit, MigratableError) as error:
         cause = error.cause if isinstance(error, MigratableError) else error
         raise SnapshotError(f"state {declared.name!r}: {cause}") from error
@@ -499,9 +500,38 @@ def put_state(snapshot: Snapshot, value: Any, *, section: str = "state") -> None
         raise SnapshotError(f"state {declared.name!r} cannot be written: {error}") from error
     for id in [id for id in snapshot.snapshot_data if _belongs(id, section)]:
         del snapshot.snapshot_data[id]
-    snapshot.add_data_section(SnapshotDataSection(section, payload))
-    for path, buffer in large.items():
-        snapshot.add_data_section(SnapshotDataSection(section + path, buffer))
+    for id, payload in sections:
+        snapshot.add_data_section(SnapshotDataSection(id, payload))
+
+
+def pack_state(section: str, name: str, writer: str, body: Any) -> list[tuple[str, Buffer]]:
+    """A state's version, fields and subsections as sections: their ids and payloads.
+
+    >>> pack_state("state", "power", "acme", [1, {"is_off": False}, {}])
+    [('state', b'vmst...power...acme...is_off...')]
+    """
+    version, fields, present = body
+    large: dict[str, Buffer] = {}
+    head = [name, version, writer, _detached(fields, "", large), _detached(present, "", large)]
+    payload = MAGIC + msgpack.packb(head, default=_unpackable)
+    return [(section, payload), *((section + path, buffer) for path, buffer in large.items())]
+
+
+def unpack_state(snapshot: Snapshot, section: str) -> list[Any]:
+    """What `pack_state` packed: a state's version, fields and subsections, as they stand there.
+
+    Raises:
+        Misfit: There is no such state.
+
+    >>> snapshot = Snapshot("", {}, {})
+    >>> (packed,) = pack_state("state", "power", "acme", [1, {"is_off": False}, {}])
+    >>> snapshot.add_data_section(SnapshotDataSection(*packed))
+    >>> unpack_state(snapshot, "state")
+    [1, {'is_off': False}, {}]
+    """
+    large = _Large(snapshot, section)
+    _, version, _, fields, present = _unpacked(snapshot.section(section).snapshot, large)
+    return [version, fields, present]
 
 
 def get_state(snapshot: Snapshot, cls: type[T], *, section: str = "state") -> T:
@@ -510,7 +540,7 @@ def get_state(snapshot: Snapshot, cls: type[T], *, section: str = "state") -> T:
     Raises:
         RestoreError: As by `load_state`, except that other sections are not looked at.
 
-    >>> @state("power", 1)
+    >>> @versioned("power", 1)
     ... @attrs.define
     ... class Power:
     ...     is_off: bool = False
@@ -578,7 +608,7 @@ def peek(payload: Buffer) -> Peeked | None:
     Raises:
         DecodeError: It begins like a state and is damaged.
 
-    >>> @state("power", 1, writer="acme 2.3")
+    >>> @versioned("power", 1, writer="acme 2.3")
     ... @attrs.define
     ... class Power:
     ...     is_off: bool = False
@@ -611,8 +641,8 @@ def _subsection(cls: type[Any], attribute: Any, hints: Mapping[str, Any]) -> _Su
     if default is attrs.NOTHING:
         raise MigratableError(f"{where} is a subsection and needs a default")
     make = default.factory if isinstance(default, attrs.Factory) else lambda: default  # type: ignore[arg-type]
-    kinds = [arg for arg in getattr(hints[attribute.name], "__args__", (hints[attribute.name],))]
-    states = [kind for kind in kinds if kind is not type(None)]
+    options = typing.get_args(hints[attribute.name]) or (hints[attribute.name],)
+    states = [option for option in options if option is not type(None)]
     if len(states) != 1 or "__vmmig_state__" not in vars(states[0]):
         raise MigratableError(f"{where} is a subsection: its type must be a state of its own")
     needed = attribute.metadata["vmmig.needed"] or (
@@ -735,22 +765,3 @@ def _array(parts: Any, lenient: bool) -> Any:
         raise Misfit(f"an array of shape {shape} cannot be made: {error}") from error
     array.flags.writeable = False
     return array
-
-
-def read_fields(declared: StateType, version: int, fields: Fields) -> Any:
-    """A state from fields as they stand on the wire, in any version that can be read.
-
-    Raises:
-        RestoreError: They do not fit.
-
-    >>> @state("power", 1)
-    ... @attrs.define
-    ... class Power:
-    ...     is_off: bool = False
-    >>> read_fields(state_type(Power), 1, {"is_off": True})
-    Power(is_off=True)
-    """
-    try:
-        return declared.converter.structure([version, fields, {}], declared.cls)
-    except Misfit as misfit:
-        raise RestoreError(f"state {declared.name!r}: {misfit}") from misfit

@@ -117,7 +117,7 @@ def kind_of(annotation: Any) -> Kind:
             limits += [note for note in notes if isinstance(note, Range | Length)]
         elif isinstance(annotation, NewType):
             annotation = annotation.__supertype__
-        elif isinstance(annotation, getattr(typing, "TypeAliasType", ())):
+        elif type(annotation).__name__ == "TypeAliasType":
             annotation = annotation.__value__
         else:
             break
@@ -161,7 +161,7 @@ def _kind(annotation: Any) -> Kind:
             named = {name: member.value for name, member in annotation.__members__.items()}
             return _choice(members, {"type": "enum", "members": named})
         if "__vmmig_state__" in vars(annotation):
-            nested: Kind = annotation.__vmmig_state__.kind
+            nested: Kind = vars(annotation)["__vmmig_state__"].kind
             return nested
         if attrs.has(annotation):
             return _class(annotation)
@@ -492,7 +492,7 @@ def _flags(cls: type[enum.Flag]) -> Kind:
     return Kind(read, write, {"type": "flags", "members": members}, frozenset([int]))
 
 
-_ARRAYS = {
+_ARRAYS: dict[tuple[Any, Any], str] = {
     (bounds[code == code.lower()]): code
     for size, codes in ((8, "Bb"), (16, "Hh"), (32, "Ii"), (64, "Qq"))
     for code in codes
@@ -510,7 +510,7 @@ def _each(one: Callable[[Any], Any], kind: Kind) -> Callable[[Any], list[Any]]:
     quick = checks_only and (not is_bounded or (name == "int" and code is not None))
     only = {plain}
 
-    def each(items: Any) -> list[Any]:
+    def each(items: list[Any]) -> list[Any]:
         if quick and {*map(type, items)} <= only:
             if code is None:
                 return items
