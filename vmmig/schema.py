@@ -397,21 +397,20 @@ def _state(old: Schema, new: Schema, name: str, forward: bool) -> Iterator[Probl
                 fields[change["added"]] = (change["default"], False)
     if fields is None:
         return
-    reached = f"version {now}" if now != was else "the same version"
+    reached = f"version {now}" if now != was else f"version {was}, as before,"
     for key in sorted(fields.keys() | after["fields"].keys()):
         path = f"{name}.{key}"
         if key not in after["fields"]:
             yield (
                 path,
                 f"the field is gone, and {reached} does not say so",
-                f"raise the version to {_next(was, now)} and declare Removed({key!r}, ...) or "
-                f"Renamed({key!r}, ...)",
+                _declare(was, now, f"Removed({key!r}, ...) or Renamed({key!r}, ...)"),
             )
         elif key not in fields:
             yield (
                 path,
                 f"the field is new, and {reached} does not say so",
-                f"raise the version to {_next(was, now)} and declare Added({key!r}, ...)",
+                _declare(was, now, f"Added({key!r}, ...)"),
             )
         else:
             kind, is_kind = fields[key]
@@ -425,12 +424,14 @@ def _state(old: Schema, new: Schema, name: str, forward: bool) -> Iterator[Probl
                 yield (
                     path + below,
                     what,
-                    f"raise the version to {_next(was, now)} and declare Changed(...)",
+                    _declare(was, now, "Changed(...)"),
                 )
 
 
-def _next(was: int, now: int) -> int:
-    return now if now > was else was + 1
+def _declare(was: int, now: int, what: str) -> str:
+    if now > was:
+        return f"declare {what} in version {now}"
+    return f"raise the version to {was + 1} and declare {what}"
 
 
 def _subsections(before: Json, after: Json, name: str, forward: bool) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ import attrs
 
 from vmmig.state.types import Json, shown
 
-_NOTHING: Any = attrs.NOTHING
+_NOTHING: Any = type("_Nothing", (), {"__repr__": lambda self: "none"})()
 Fields = dict[str, Any]
 
 
@@ -22,7 +22,9 @@ class Change(Protocol):
     """What one version changed of the one before it.
 
     Both functions work on the fields as they stand on the wire: enums are their values, sets,
-    tuples and lists are lists, attrs classes are dicts. They may change the dict in place.
+    tuples and lists are lists, attrs classes are dicts, states are lists of a version, a dict of
+    fields and a dict of subsections. The subsections that are there stand among the fields. They
+    may change the dict in place.
     """
 
     def upgrade(self, fields: Fields) -> Fields:
@@ -127,6 +129,8 @@ class Removed:
         return fields
 
     def downgrade(self, fields: Fields) -> Fields:
+        if not self.goes_back:
+            raise LostError(f"it needs {self.name!r}, for which no default is declared")
         return {**fields, self.name: deepcopy(self.default)}
 
     def describe(self) -> Json:

@@ -201,9 +201,10 @@ class StateType:
         if type(version) is not int:
             raise Misfit("a version is needed")
         if version != self.version:
-            if type(fields) is not dict:
-                raise Misfit("a map of fields is needed")
-            fields = self.upgraded(version, fields)
+            if type(fields) is not dict or type(present) is not dict:
+                raise Misfit("a map of fields and one of subsections are needed")
+            fields = self.upgraded(version, {**fields, **present})
+            present = {name: fields.pop(name) for name in self.subsections if name in fields}
         if not self.subsections:
             if type(present) is not dict or present:
                 self._unknown_subsection(present)
@@ -243,6 +244,8 @@ class StateType:
         target = None if targets is None else targets.get(self.name)
         if target is None:
             return [self.version, fields, present]
+        fields = self.downgraded(target.version, {**fields, **present})
+        present = {name: fields.pop(name) for name in present if name in fields}
         if target.subsections is not None:
             for name in present:
                 if name not in target.subsections:
@@ -250,7 +253,7 @@ class StateType:
                         f"the subsection {name!r} is needed, which the reader of version "
                         f"{target.version} does not know"
                     )
-        return [target.version, self.downgraded(target.version, fields), present]
+        return [target.version, fields, present]
 
     def _structure_nested(self, value: Any) -> Any:
         if type(value) is not list or len(value) != 3:
@@ -550,7 +553,7 @@ def get_state(snapshot: Snapshot, cls: type[T], *, section: str = "state") -> T:
     declared = state_type(cls)
     payload = snapshot.section(section).snapshot
     large = None
-    if len(snapshot.snapshot_data) > 1:
+    if declared.has_buffers or len(snapshot.snapshot_data) > 1:
         large = _Large(snapshot, section)
     name, version, writer = "", None, None
     try:
@@ -715,7 +718,7 @@ def _extension(large: Callable[[str], Any] | None, lenient: bool, code: int, dat
     if code == _REFERENCE:
         path = data.decode()
         if large is None:
-            raise Misfit(f"it refers to a section {path!r}, which is not there")
+            raise Misfit(f"it refers to a section {path!r}, and none of its fields can be in one")
         return large(path)
     if code == _ARRAY:
         return _array(_unpack(memoryview(data), partial(_extension, large, lenient)), lenient)

@@ -638,7 +638,7 @@ def _array(args: tuple[Any, ...]) -> Kind:
 
     # np.ndarray[shape, dtype[T]]; NDArray[Any] leaves the dtype open.
     inner = typing.get_args(args[1]) if len(args) == 2 else ()
-    is_open = not inner or not isinstance(inner[0], type)
+    is_open = not inner or inner[0] is Any or not isinstance(inner[0], type)
     dtype = None if is_open else numpy.dtype(inner[0])
 
     def check(value: Any) -> Any:
