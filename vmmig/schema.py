@@ -113,10 +113,12 @@ def loads_schema(text: str) -> Schema:
             )
         schema = Schema(whole["components"], whole["states"])
         for state in schema.states.values():
-            state["fields"].items(), state["subsections"].items(), state["history"].items()
-            int(state["version"]), int(state["minimum_version"]), int(state["oldest_target"])
-        for sections in schema.components.values():
-            sections.items()
+            maps = (state["fields"], state["subsections"], state["history"])
+            numbers = (state["version"], state["minimum_version"], state["oldest_target"])
+            if {*map(type, maps)} != {dict} or {*map(type, numbers)} != {int}:
+                raise TypeError("a state is not described as it should be")
+        if {*map(type, schema.components.values())} - {dict}:
+            raise TypeError("a component is not described as it should be")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MigratableError(f"the schema cannot be read: {error!r}") from error
     return schema
@@ -381,7 +383,7 @@ def _state(old: Schema, new: Schema, name: str, forward: bool) -> Iterator[Probl
             if "changed" in change:
                 fields = None
                 continue
-            gone = change.get("removed", change.get("renamed"))
+            gone = cast(Any, change.get("removed", change.get("renamed")))
             if gone is not None and gone not in fields:
                 yield (
                     f"{name}.{gone}",
@@ -630,7 +632,7 @@ def value_fits(kind: Json, value: Any, states: Mapping[str, Json]) -> bool:
     if not right:
         return False
     number = value if name in ("int", "float") else None
-    length = len(value) if name in ("str", "bytes", "list", "set", "dict") else None
+    length = len(cast(Any, value)) if name in ("str", "bytes", "list", "set", "dict") else None
     return all(
         measure is None or (kind.get(low, measure) <= measure <= kind.get(high, measure))
         for measure, (low, high, _) in ((number, _LIMITS[0]), (length, _LIMITS[1]))

@@ -516,7 +516,7 @@ def pack_state(section: str, name: str, writer: str, body: Any) -> list[tuple[st
     version, fields, present = body
     large: dict[str, Buffer] = {}
     head = [name, version, writer, _detached(fields, "", large), _detached(present, "", large)]
-    payload = MAGIC + msgpack.packb(head, default=_unpackable)
+    payload = MAGIC + cast(bytes, msgpack.packb(head, default=_unpackable))
     return [(section, payload), *((section + path, buffer) for path, buffer in large.items())]
 
 

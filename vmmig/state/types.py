@@ -637,7 +637,7 @@ def _array(args: tuple[Any, ...]) -> Kind:
     import numpy
 
     # np.ndarray[shape, dtype[T]]; NDArray[Any] leaves the dtype open.
-    inner = typing.get_args(args[1]) if len(args) == 2 else ()
+    inner: Any = typing.get_args(args[1]) if len(args) == 2 else ()
     is_open = not inner or inner[0] is Any or not isinstance(inner[0], type)
     dtype = None if is_open else numpy.dtype(inner[0])
 

@@ -212,7 +212,7 @@ def _find(strategy: st.SearchStrategy[Snapshot], condition: Any, examples: int) 
                 deadline=None,
                 derandomize=True,
                 phases=[Phase.generate, Phase.shrink],
-                suppress_health_check=[*HealthCheck],
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
             ),
         )
     except NoSuchExample:
