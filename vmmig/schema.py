@@ -383,20 +383,20 @@ def _state(old: Schema, new: Schema, name: str, forward: bool) -> Iterator[Probl
             if "changed" in change:
                 fields = None
                 continue
-            gone = cast(Any, change.get("removed", change.get("renamed")))
-            if gone is not None and gone not in fields:
+            if "added" in change:
+                fields[change["added"]] = (change["default"], False)
+                continue
+            gone = change["removed"] if "removed" in change else change["renamed"]
+            if gone not in fields:
                 yield (
                     f"{name}.{gone}",
                     f"version {step} takes it away, but version {step - 1} has no such field",
                     f"mend the history of version {step}",
                 )
                 return
-            if "removed" in change:
-                del fields[gone]
-            elif "renamed" in change:
-                fields[change["to"]] = fields.pop(gone)
-            else:
-                fields[change["added"]] = (change["default"], False)
+            kept = fields.pop(gone)
+            if "renamed" in change:
+                fields[change["to"]] = kept
     if fields is None:
         return
     reached = f"version {now}" if now != was else f"version {was}, as before,"

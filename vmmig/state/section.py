@@ -105,6 +105,7 @@ class StateType:
         self.converter = cattrs.Converter(detailed_validation=False)
         self.converter.register_structure_hook(cls, self._structure)
         self.converter.register_unstructure_hook(cls, self._body)
+        self.structure = self.converter.get_structure_hook(cls)
         self.has_buffers: bool = any(kind.has_buffers for _, kind in self.fields.values()) or any(
             sub.type.has_buffers for sub in self.subsections.values()
         )
@@ -562,7 +563,7 @@ def get_state(snapshot: Snapshot, cls: type[T], *, section: str = "state") -> T:
             raise Misfit(f"it is a state {name!r}, and a state {declared.name!r} is needed")
         if large is not None and large.unused:
             raise Misfit(f"the section {min(large.unused)!r} belongs to nothing in it")
-        value: T = declared.converter.structure((version, fields, present), cls)
+        value: T = declared.structure((version, fields, present), cls)
         return value
     except Misfit as misfit:
         found = f"version {version} of {name!r}, written by {writer!r}: " if version else ""
@@ -693,7 +694,7 @@ def _detached(value: Any, path: str, large: dict[str, Buffer]) -> Any:
 def _unpacked(
     payload: Buffer, large: Callable[[str], Any] | None, *, lenient: bool = False
 ) -> list[Any]:
-    view = memoryview(payload) if type(payload) is bytes else raw_view(payload)
+    view = payload if type(payload) is bytes and len(payload) <= _CHECK_BYTES else raw_view(payload)
     if view[:5] != MAGIC:
         if view[:4] == MAGIC[:4]:
             raise Misfit(
@@ -728,12 +729,12 @@ def _extension(large: Callable[[str], Any] | None, lenient: bool, code: int, dat
 _PLAIN = partial(_extension, None, False)
 
 
-def _unpack(view: memoryview, extension: Callable[[int, bytes], Any]) -> Any:
+def _unpack(view: bytes | memoryview, extension: Callable[[int, bytes], Any]) -> Any:
     try:
-        if view.nbytes > _CHECK_BYTES:
+        if len(view) > _CHECK_BYTES:
             # msgpack makes room for what a header promises before it looks for it, at every
             # level of nesting; skipping makes none, and fails where something is missing.
-            checker = msgpack.Unpacker(max_buffer_size=view.nbytes)
+            checker = msgpack.Unpacker(max_buffer_size=len(view))
             checker.feed(view)
             checker.skip()
         return msgpack.unpackb(view, strict_map_key=False, ext_hook=extension)
