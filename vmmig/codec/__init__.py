@@ -67,6 +67,10 @@ from vmmig.codec.encoding import WritableStream as WritableStream
 from vmmig.codec.encoding import dump as dump
 from vmmig.codec.encoding import dumps as dumps
 from vmmig.codec.encoding import encode as encode
+from vmmig.codec.examination import Damage as Damage
+from vmmig.codec.examination import Examination as Examination
+from vmmig.codec.examination import SectionVerdict as SectionVerdict
+from vmmig.codec.examination import examine as examine
 from vmmig.codec.layout import ALIGNMENT_BYTES as ALIGNMENT_BYTES
 from vmmig.codec.layout import CHUNK_BYTES as CHUNK_BYTES
 from vmmig.codec.layout import FORMAT_VERSION as FORMAT_VERSION
@@ -76,3 +80,5 @@ from vmmig.codec.layout import MAGIC as MAGIC
 from vmmig.codec.layout import Header as Header
 from vmmig.codec.layout import Limits as Limits
 from vmmig.codec.layout import read_header as read_header
+from vmmig.codec.opening import Container as Container
+from vmmig.codec.opening import StoredSection as StoredSection

@@ -12,8 +12,10 @@ from vmmig.snapshot import Snapshot
 def sniff(path: Path) -> bool:
     """Whether the file begins as a container does."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
-            return path.is_file() and file.read(len(MAGIC)) == MAGIC
+            return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
 
