@@ -223,7 +223,7 @@ def source_of(source: Buffer | RangeReader) -> MemorySource | RemoteSource:
     """What parts of a container are read from."""
     if hasattr(source, "read_into"):
         return RemoteSource(cast(RangeReader, source))
-    return MemorySource(view_of(cast(Buffer, source)))
+    return MemorySource(view_of(source))
 
 
 def sums_in(part: Part) -> int:

@@ -13,12 +13,14 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import attrs
 
-from vmmig.errors import DecodeError, MigratableError
+from vmmig.codec.fields import STATE_MAGIC, set_at, with_field
+from vmmig.errors import DecodeError, MigratableError, RestoreError
 from vmmig.snapshot import Snapshot, raw_view
 
 _FORMATS = {
@@ -33,7 +35,6 @@ _FORMATS = {
 
 _SUFFIXES = {".vmsnap": "vmmig", ".json": "json", ".msgpack": "msgpack", ".qemu": "qemu"}
 
-_STATE_MAGIC = b"vmst\x01"
 _MAX_JSON_BYTES = 1 << 24
 
 
@@ -215,10 +216,75 @@ def decode(root: Snapshot, path: Iterable[str], section_id: str) -> Decoded | No
 
 
 _DECODERS: tuple[tuple[str, Callable[[Snapshot, bytes], bool]], ...] = (
-    ("vmmig.state", lambda root, head: head.startswith(_STATE_MAGIC)),
+    ("vmmig.state", lambda root, head: head.startswith(STATE_MAGIC)),
     ("vmmig.formats.qemu", lambda root, head: root.id == "qemu"),
 )
 """Modules that decode, each with a cheap test for whether to load it at all."""
+
+
+def set_field(
+    root: Snapshot, path: Iterable[str], section_id: str, field: str, value: object
+) -> bytes:
+    """A section's bytes with one of its decoded fields set.
+
+    Args:
+        root: The whole snapshot.
+        path: The ids from below the root down to the node.
+        section_id: Which section of that node; what it holds must be a typed state or JSON.
+        field: An innermost field, as `leaves` names it.
+        value: Its new value, of the same type as the old one.
+
+    Raises:
+        RestoreError: It has no such field, or not of this type, or cannot be changed.
+
+    >>> from vmmig import SnapshotDataSection
+    >>> vm = Snapshot("vm", {}, {"config": SnapshotDataSection("config", b'{"cpus": {"max": 2}}')})
+    >>> set_field(vm, (), "config", "cpus.max", 4)
+    b'{"cpus": {"max": 4}}'
+    """
+    path = tuple(path)
+    decoded = decode(root, path, section_id)
+    where = repr(section_id)
+    if decoded is None:
+        raise RestoreError(f"section {where} cannot be decoded; replace it as a whole")
+    steps = next((found for name, found, _ in _walk(decoded.fields) if name == field), None)
+    if steps is None:
+        known = ", ".join(name for name, _, _ in islice(_walk(decoded.fields), 8))
+        raise RestoreError(f"section {where} has no field {field!r} (it has {known}, ...)")
+    payload = root.find(path).section(section_id).snapshot
+    if bytes(raw_view(payload)[: len(STATE_MAGIC)]) == STATE_MAGIC:
+        return with_field(payload, steps, value)
+    if decoded.kind != "json":
+        raise RestoreError(f"fields of a {decoded.kind!r} cannot be set; replace it as a whole")
+    fields = {"": tree} if type(tree := json.loads(bytes(raw_view(payload)))) is list else tree
+    set_at(fields, steps, value)
+    return json.dumps(tree, ensure_ascii=False).encode()
+
+
+def leaves(fields: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """The innermost values of decoded fields, each with its path.
+
+    >>> dict(leaves({"regs": {"rip": 16}, "queues": [1, 2], "irqs": []}))
+    {'regs.rip': 16, 'queues[0]': 1, 'queues[1]': 2, 'irqs': []}
+    """
+    for name, _, value in _walk(fields):
+        yield name, value
+
+
+def _walk(fields: Mapping[str, object]) -> Iterator[tuple[str, tuple[str | int, ...], object]]:
+    stack: list[tuple[str, tuple[Any, ...], object]] = [("", (), fields)]
+    while stack:
+        name, steps, value = stack.pop()
+        below: list[tuple[str, tuple[Any, ...], object]] = []
+        if isinstance(value, Mapping):
+            dot = "." if name else ""
+            below = [(f"{name}{dot}{key}", (*steps, key), each) for key, each in value.items()]
+        elif isinstance(value, (list, tuple)):
+            below = [(f"{name}[{i}]", (*steps, i), each) for i, each in enumerate(value)]
+        if below:
+            stack += reversed(below)
+        elif steps:
+            yield name, steps, value
 
 
 def _decode_json(data: bytes) -> Decoded | None:
@@ -245,4 +311,4 @@ def _loaded(place: str) -> Any:
         if error.name != module:
             raise
         return None
-    return getattr(found, attribute) if attribute else found
+    return getattr(found, attribute, None) if attribute else found
