@@ -300,17 +300,11 @@ class Change:
         return place + ("" if self.field[:1] in ("(", "[") else ".") + self.field
 
 
-def compare(
-    before: Snapshot,
-    after: Snapshot,
-    *,
-    full: bool = False,
-    progress: Told | None = None,
-) -> Iterator[Change]:
-    """Where two snapshots differ: by node, section, field and page; each node before its children.
+class Comparison:
+    """Where two snapshots differ: iterate over it, once, for each `Change`.
 
     A section below 64 KiB that is decoded on both sides is compared by field; others by the
-    byte, and from 64 KiB on by the page.
+    byte, and from 64 KiB on by the page. Each node comes before its children, in id order.
 
     Args:
         before: The one snapshot.
@@ -318,52 +312,77 @@ def compare(
         full: As for `changed_pages`, which says what is believed otherwise.
         progress: Is told, for each large section, how many bytes are done and how many it has.
 
+    Attributes:
+        compared_bytes: How many bytes were compared up to now.
+        proven_bytes: How many were taken to be equal because their checksums are.
+
     Raises:
-        MigratableError: A section could not be fetched or decompressed.
+        MigratableError: While it is iterated over: a section could not be fetched or decompressed.
 
     >>> a = Snapshot("vm", {}, {"config": SnapshotDataSection("config", b'{"cpus": 1}')})
     >>> b = Snapshot("vm", {}, {"config": SnapshotDataSection("config", b'{"cpus": 2}')})
-    >>> for change in compare(a, b):
+    >>> for change in Comparison(a, b):
     ...     print(change.place, change.before, change.after)
     $.snapshot_data['config'].cpus 1 2
     """
-    if before.id != after.id:
-        yield Change(SnapshotPath(), None, "(id)", "changed", before.id, after.id)
-    stack: list[tuple[SnapshotPath, Snapshot | None, Snapshot | None]] = [
-        (SnapshotPath(), before, after)
-    ]
-    while stack:
-        path, old, new = stack.pop()
-        if old is None or new is None:
-            yield Change(path, None, None, "added" if old is None else "removed", old, new)
-            continue
-        for id in sorted(old.snapshot_data.keys() | new.snapshot_data.keys()):
-            one, two = old.snapshot_data.get(id), new.snapshot_data.get(id)
-            if one is None or two is None:
-                yield Change(path, id, None, "added" if one is None else "removed", one, two)
+
+    def __init__(
+        self,
+        before: Snapshot,
+        after: Snapshot,
+        *,
+        full: bool = False,
+        progress: Told | None = None,
+    ) -> None:
+        self._roots = before, after
+        self._full = full
+        self._progress = progress
+        self.compared_bytes = 0
+        self.proven_bytes = 0
+
+    def __iter__(self) -> Iterator[Change]:
+        before, after = self._roots
+        if before.id != after.id:
+            yield Change(SnapshotPath(), None, "(id)", "changed", before.id, after.id)
+        stack: list[tuple[SnapshotPath, Snapshot | None, Snapshot | None]] = [
+            (SnapshotPath(), before, after)
+        ]
+        while stack:
+            path, old, new = stack.pop()
+            if old is None or new is None:
+                yield Change(path, None, None, "added" if old is None else "removed", old, new)
                 continue
-            pages = changed_pages(
-                one,
-                two,
-                page_bytes=PAGE_BYTES if max(one.nbytes, two.nbytes) >= LARGE_BYTES else 1,
-                full=full,
-                progress=progress if one.nbytes >= LARGE_BYTES else None,
+            for id in sorted(old.snapshot_data.keys() | new.snapshot_data.keys()):
+                one, two = old.snapshot_data.get(id), new.snapshot_data.get(id)
+                if one is None or two is None:
+                    yield Change(path, id, None, "added" if one is None else "removed", one, two)
+                else:
+                    yield from self._section(path, id, one, two)
+            ids = sorted(old.snapshots.keys() | new.snapshots.keys(), reverse=True)
+            stack.extend(
+                (path.child(id), old.snapshots.get(id), new.snapshots.get(id)) for id in ids
             )
-            if not pages.ranges:
-                continue
-            fields = []
-            if max(one.nbytes, two.nbytes) < LARGE_BYTES:
-                fields = [*_changed_fields((before, after), (old, new), path, id)]
+
+    def _section(
+        self, path: SnapshotPath, id: str, one: SnapshotDataSection, two: SnapshotDataSection
+    ) -> Iterator[Change]:
+        large = max(one.nbytes, two.nbytes) >= LARGE_BYTES
+        pages = changed_pages(
+            one,
+            two,
+            page_bytes=PAGE_BYTES if large else 1,
+            full=self._full,
+            progress=self._progress if large else None,
+        )
+        self.compared_bytes += pages.compared_bytes
+        self.proven_bytes += pages.proven_bytes
+        if pages.ranges:
+            fields = [] if large else [*_changed_fields(self._roots, path, id)]
             yield from fields or [Change(path, id, None, "changed", one, two, pages)]
-        ids = sorted(old.snapshots.keys() | new.snapshots.keys(), reverse=True)
-        stack.extend((path.child(id), old.snapshots.get(id), new.snapshots.get(id)) for id in ids)
 
 
 def _changed_fields(
-    roots: tuple[Snapshot, Snapshot],
-    nodes: tuple[Snapshot, Snapshot],
-    path: SnapshotPath,
-    id: str,
+    roots: tuple[Snapshot, Snapshot], path: SnapshotPath, id: str
 ) -> Iterator[Change]:
     try:
         one, two = (formats.decode(root, path.ids, id) for root in roots)
