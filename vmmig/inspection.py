@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import attrs
 
 from vmmig import formats, transport
-from vmmig._native import address_of, libc
 from vmmig.codec import CHUNK_BYTES, LARGE_BYTES, Container, Limits, StoredSection
 from vmmig.errors import MigratableError, MigrateReceiveError, MissingExtraError, RestoreError
 from vmmig.memory import MemoryRangeTable
@@ -184,13 +182,15 @@ def locate(root: Snapshot, text: str) -> Place:
 
 
 def _spelled_out(root: Snapshot, text: str) -> Place | None:
+    from ast import literal_eval
+
     node, path, section = root, SnapshotPath(), None
     at = 1
     while at < len(text):
         step = _STEP.match(text, at)
         if step is None or section is not None:
             return None
-        id = ast.literal_eval(step[2])
+        id = literal_eval(step[2])
         if step[1] == "snapshots":
             node, path = node.find([id]), path.child(id)
         else:
@@ -257,12 +257,17 @@ def changed_pages(
             assert one is not None
             assert two is not None
             for at, length in _differing(one(start, stop), two(start, stop), page_bytes):
-                starts.append(start + at)
-                ends.append(start + at + length)
+                if ends and ends[-1] == start + at:
+                    ends[-1] += length
+                else:
+                    starts.append(start + at)
+                    ends.append(start + at + length)
             compared += stop - start
             if progress is not None:
                 progress(stop, whole)
-    if shared < whole:
+    if shared < whole and ends and ends[-1] == shared:
+        ends[-1] = whole
+    elif shared < whole:
         starts.append(shared)
         ends.append(whole)
     return PageChanges(MemoryRangeTable.from_spans(starts, ends), compared, shared - compared)
@@ -521,6 +526,8 @@ def _differing(a: memoryview, b: memoryview, page_bytes: int) -> Iterator[tuple[
     if page_bytes == 1:
         yield from _differing_bytes(bytes(a), bytes(b))
         return
+    from vmmig._native import address_of, libc
+
     memcmp = libc().memcmp
     one, two, length = address_of(a), address_of(b), a.nbytes
     if not memcmp(one, two, length):
@@ -545,6 +552,8 @@ def _differing_bytes(a: bytes, b: bytes) -> Iterator[tuple[int, int]]:
 def _zero_spans(section: SnapshotDataSection, progress: Told | None) -> Iterator[tuple[int, int]]:
     """The spans of the pages that are all zero; the last page may be cut."""
     from xxhash import xxh3_64_intdigest
+
+    from vmmig._native import address_of, libc
 
     sums = _sums(section) if getattr(section, "stored", None) == "plain" else None
     of_zeros = xxh3_64_intdigest(bytes(CHUNK_BYTES))

@@ -72,7 +72,7 @@ class _Page:
             self._changes = [*Comparison(before.snapshot, opened.snapshot, progress=self._progress)]
             for change in self._changes:
                 self._changed.setdefault((change.path.ids, change.section), []).append(change)
-        nodes = []
+        nodes: list[dict[str, Any]] = []
         numbers: dict[tuple[str, ...], int] = {}
         total_sections = total_bytes = 0
         for path, node in opened.snapshot.walk():
@@ -176,9 +176,9 @@ class _Page:
         if self._before is not None:
             node: Snapshot | None = self._before.snapshot
             for id in ids:
-                node = node and node.snapshots.get(id)
-            against = node and node.snapshot_data.get(section.id)
-            against = against or SnapshotDataSection(section.id)
+                node = node.snapshots.get(id) if node is not None else None
+            other = node.snapshot_data.get(section.id) if node is not None else None
+            against = other or SnapshotDataSection(section.id)
         pages = page_map(section, against, max_cells=_CELLS, progress=self._progress)
         return {
             "pages": pages.pages,

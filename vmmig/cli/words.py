@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from vmmig._units import format_bytes
 from vmmig.formats import Decoded
 from vmmig.memory import MemoryRangeTable
-from vmmig.precopy import format_bytes
 
 _LONGEST = 120
 
