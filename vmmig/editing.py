@@ -57,9 +57,13 @@ def edited(
         else:
             root.find(path.parent).snapshots.pop(path.id, None)
     # The deepest first, for then the places above are still called what they were.
-    for place, new in sorted(renames, key=lambda each: -len(each[0].path.ids)):
+    for place, new in sorted(renames, key=lambda each: _depth(each[0]), reverse=True):
         _rename(root, place, new)
     return root
+
+
+def _depth(place: Place) -> tuple[int, bool]:
+    return len(place.path.ids), place.section is not None
 
 
 def _rename(root: Snapshot, place: Place, new: str) -> None:

@@ -62,6 +62,10 @@ def serve(
     """Store snapshots in DIR that are sent over HTTP, and hand them out.
 
     Prints the URL once it listens; a file there is URL and its name. Ends on SIGTERM and SIGINT.
+
+    \b
+      vmmig serve /var/lib/snapshots
+      vmmig serve /var/lib/snapshots --host 0.0.0.0 --token-file token --tls certificates
     """
     token = _token(token_file)
     if not (token or tls or insecure or _is_local(host)):

@@ -151,6 +151,7 @@ class _Examiner:
         self._progress = progress or (lambda done, total: None)
         self._damages: list[Damage] = []
         self._found_bytes = source.total_bytes
+        self._done_bytes = 0
 
     def run(self) -> Examination:
         header = self._header()
@@ -288,7 +289,8 @@ class _Examiner:
                     spans.append((i * CHUNK_BYTES, min((i + 1) * CHUNK_BYTES, stored)))
             if frame is not None and not spans:
                 frame = self._decompress(frame, view, part)
-            self._progress(part.start + at + view.nbytes, self._found_bytes)
+            self._done_bytes += view.nbytes
+            self._progress(self._done_bytes, self._found_bytes)
         if frame is not None and not spans and there == stored:
             self._decompress(frame, None, part)
         if not part.nbytes and own and own[0] != xxh3_64_intdigest(b""):
