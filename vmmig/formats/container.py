@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from vmmig.codec import MAGIC
-from vmmig.migration import recv, send
 from vmmig.snapshot import Snapshot
 
 
@@ -32,6 +31,8 @@ def read(path: Path) -> Snapshot:
     >>> sniff(path), read(path)
     (True, Snapshot('vm'))
     """
+    from vmmig.migration import recv
+
     return recv(path, lazily=True)
 
 
@@ -41,4 +42,6 @@ def write(snapshot: Snapshot, path: Path) -> None:
     Raises:
         MigrateSendError: It was not written; what was there before still is.
     """
+    from vmmig.migration import send
+
     send(snapshot, path)
