@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 import vmmig
+from benchmarks.bench_inspect import sparse_container
+from tests.http_peers import Scripted, answer, read_request
 from vmmig import Snapshot, SnapshotDataSection
+from vmmig.cli import console
 from vmmig.cli.commands import vmmig as command
 
 MIB = 1 << 20
@@ -212,6 +217,60 @@ def test_each_command_has_an_example_in_its_help(name):
     assert result.exit_code == 0
     assert f"  vmmig {name}" in result.output.replace("(where `", "")
     assert "--verbose" in result.output
+
+
+def test_far_away_no_more_is_fetched_than_is_shown(tmp_path):
+    sparse_container(tmp_path / "large.vmsnap", 1 << 30)
+    fetched: list[int] = []
+
+    def answering(sock: socket.socket) -> None:
+        with (tmp_path / "large.vmsnap").open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while head := read_request(sock):
+                match = re.search(rb"Range: bytes=(\d+)-(\d*)", head)
+                first, last = int(match[1]), min(int(match[2] or size), size - 1)
+                file.seek(first)
+                part = file.read(last + 1 - first)
+                fetched.append(len(part))
+                where = f"bytes {first}-{last}/{size}"
+                sock.sendall(answer("206 Partial", part, etag='"1"', content_range=where))
+
+    with Scripted(answering) as server:
+        result = run("inspect", server.url)
+        assert result.exit_code == 0, result.output
+        assert "ram  1 GiB" in result.output
+        assert "rip = 4096" in result.output
+        assert sum(fetched) < 200_000
+        result = run("inspect", server.url, "ram")
+        assert "00000000  00 00" in result.output
+        assert sum(fetched) < 2_000_000
+
+
+def test_a_store_is_inspected_verified_and_compared(saved):
+    url = "memory://bucket/vm.vmsnap"
+    vmmig.send(machine(), url)
+    assert "rip = 4096" in run("inspect", url).output
+    assert run("verify", url).exit_code == 0
+    assert run("diff", url, saved / "vm.vmsnap").exit_code == 0
+    assert run("diff", "--full", url, saved / "later.vmsnap").exit_code == 1
+    assert run("inspect", url, "--from", "json").exit_code == 1
+
+
+def test_a_terminal_sees_how_far_it_is(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with console.showing_work("vm.vmsnap") as tell:
+        tell(1, 4)
+    assert terminal.getvalue() == ""
+    monkeypatch.setattr(console, "_PATIENCE_S", 0)
+    with console.showing_work("vm.vmsnap") as tell:
+        tell(1, 4)
+        tell(3, 4)
+    assert "vm.vmsnap" in terminal.getvalue()
 
 
 def process(*arguments: object, **how) -> subprocess.Popen[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 
@@ -76,7 +77,7 @@ def serve(
     from vmmig import http_server
 
     app = http_server.Folder(folder, token=token, max_bytes=max_bytes)
-    server = http_server.server(app, host, port, tls=tls)
+    server = http_server.server(app, host, port, tls=tls, log=_tell)
     try:
         server.prepare()
     except OSError as error:
@@ -92,6 +93,12 @@ def serve(
     finally:
         app.stop()
         server.stop()
+
+
+def _tell(message: str) -> None:
+    # It may run without a terminal, as a service.
+    if sys.stderr is not None:
+        click.echo(f"vmmig serve: {message}", err=True)
 
 
 def _token(token_file: Path | None) -> str | None:
