@@ -52,23 +52,29 @@ def set_at(fields: Any, steps: Sequence[str | int], value: object) -> None:
     >>> fields
     {'queues': [1, 3]}
     """
-    holder = fields
-    for i, step in enumerate(steps):
-        here = holder
-        # A nested state: its version, its fields, and its subsections.
-        if i and type(step) is str and type(holder) is list and len(holder) == 3:
-            holder = _holder(holder[1], holder[2], step)
-            here = holder
-        try:
-            old = here[step]
-        except (KeyError, IndexError, TypeError):
-            raise RestoreError(f"there is no field {_named(steps[: i + 1])}") from None
-        if i + 1 < len(steps):
-            holder = old
+    holder: Any = fields
+    for i, step in enumerate(steps[:-1]):
+        holder = _entry(_inside(holder, step, i), steps[: i + 1])
+    holder = _inside(holder, steps[-1], len(steps) - 1)
+    old = _entry(holder, steps)
     if type(old) is not type(value) and old is not None:
         wanted, given = type(old).__name__, type(value).__name__
         raise RestoreError(f"{_named(steps)} is of type {wanted}, not {given}")
-    here[steps[-1]] = value
+    holder[steps[-1]] = value
+
+
+def _inside(holder: Any, step: str | int, depth: int) -> Any:
+    """Where the next step leads from: a nested state is its version, fields and subsections."""
+    if depth and type(step) is str and type(holder) is list and len(holder) == 3:
+        return _holder(holder[1], holder[2], step)
+    return holder
+
+
+def _entry(holder: Any, steps: Sequence[str | int]) -> Any:
+    try:
+        return holder[steps[-1]]
+    except (KeyError, IndexError, TypeError):
+        raise RestoreError(f"there is no field {_named(steps)}") from None
 
 
 def _holder(fields: Any, subsections: Any, step: str | int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal
 
 from xxhash import xxh3_64_hexdigest
 
@@ -221,9 +221,8 @@ class Container:
 
 def source_of(source: Buffer | RangeReader) -> MemorySource | RemoteSource:
     """What parts of a container are read from."""
-    if hasattr(source, "read_into"):
-        return RemoteSource(cast(RangeReader, source))
-    return MemorySource(view_of(source))
+    reader: Any = source
+    return RemoteSource(reader) if hasattr(source, "read_into") else MemorySource(view_of(reader))
 
 
 def sums_in(part: Part) -> int:
