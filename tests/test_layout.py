@@ -80,6 +80,18 @@ def test_every_module_can_be_imported_alone() -> None:
         assert name in loaded_by(f"import {name}")
 
 
+def test_only_the_command_line_prints() -> None:
+    for path in (ROOT / "vmmig").rglob("*.py"):
+        if "cli" in path.relative_to(ROOT).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", (path, node.lineno)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                stream = (node.value.id, node.attr)
+                assert stream not in {("sys", "stdout"), ("sys", "stderr")}, (path, node.lineno)
+
+
 def test_nothing_else_lies_at_the_top() -> None:
     there = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     assert there - {name for name in there if name.endswith(".egg-info")} <= ALLOWED

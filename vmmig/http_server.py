@@ -19,7 +19,6 @@ import re
 import socket
 import ssl
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -559,15 +558,21 @@ class _Connection(HTTPConnection):
 
 class _Server(wsgi.Server):
     ConnectionClass = _Connection
+    log: Callable[[str], object] | None = None
 
     def error_log(self, msg: str = "", level: int = 20, traceback: bool = False) -> None:
         """One line for each failed connection; the traceback says nothing more to a user."""
-        if sys.stderr is not None:
-            print(f"vmmig serve: {msg}", file=sys.stderr)
+        if self.log is not None:
+            self.log(msg)
 
 
 def server(
-    app: Folder, host: str, port: int, *, tls: str | os.PathLike[str] | None = None
+    app: Folder,
+    host: str,
+    port: int,
+    *,
+    tls: str | os.PathLike[str] | None = None,
+    log: Callable[[str], object] | None = None,
 ) -> wsgi.Server:
     """A cheroot server for the application; call ``prepare``, ``serve`` and at last ``stop``.
 
@@ -577,6 +582,7 @@ def server(
         port: The port there; 0 means any that is free.
         tls: A folder with ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``; clients
             need a certificate of that authority then.
+        log: Is told in one line of each connection that fails; else nobody is.
 
     Raises:
         MigratableError: The folder does not have what is needed.
@@ -598,6 +604,7 @@ def server(
         timeout=int(_TIMEOUT_S),
         shutdown_timeout=1,
     )
+    made.log = log
     made.gateway = _Gateway
     made.max_request_header_size = 1 << 16
     if tls is not None:

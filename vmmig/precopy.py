@@ -24,6 +24,8 @@ from typing import Literal
 
 import attrs
 
+from vmmig._units import format_bytes as format_bytes
+from vmmig._units import format_seconds as format_seconds
 from vmmig.errors import MigratableError
 
 _SMOOTHED_PASSES = 4
@@ -355,33 +357,6 @@ def check_seconds(name: str, value: object) -> None:
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _MAX_S:
         raise MigratableError(f"{name} is a number of seconds from 0 to 1e12, not {value!r}")
-
-
-def format_bytes(nbytes: float) -> str:
-    """A number of bytes for people: three digits and a binary unit.
-
-    >>> format_bytes(0), format_bytes(1536), format_bytes(5 << 30)
-    ('0 B', '1.5 KiB', '5 GiB')
-    """
-    unit = "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
-        if nbytes < 999.5:
-            break
-        nbytes, unit = nbytes / 1024, larger
-    return f"{nbytes:.3g} {unit}"
-
-
-def format_seconds(seconds: float) -> str:
-    """A time for people: at least three digits, in seconds or a unit below.
-
-    >>> format_seconds(3600), format_seconds(0.3), format_seconds(0.0000125)
-    ('3600 s', '300 ms', '12.5 us')
-    """
-    if seconds >= 999.5:
-        return f"{seconds:.0f} s"
-    if seconds >= 0.9995 or not seconds:
-        return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 0.9995e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def _iterations(count: int, which: str = "") -> str:

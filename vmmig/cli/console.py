@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,14 +20,52 @@ from vmmig.errors import MigratableError, MissingExtraError
 from vmmig.transfer import CancelToken, Progress
 
 _VERBOSE = "vmmig.verbose"
+_FAILURE = "vmmig.failure"
+_PATIENCE_S = 1.0
 _LINE_EACH_S = 0.5
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Group(click.Group):
-    """A group whose commands' errors are one line each on stderr, and an exit status."""
+    """A group whose commands' errors are one line each on stderr, and an exit status.
+
+    A command's module is loaded when the command is first asked for.
+
+    Attributes:
+        places: For each command its module, and after a colon its name there.
+    """
+
+    places: Mapping[str, str] = {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self.places]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.places:
+            return None
+        if cmd_name not in self.commands:
+            module, _, name = self.places[cmd_name].partition(":")
+            self.add_command(_verbose(getattr(importlib.import_module(module), name)), cmd_name)
+        return self.commands[cmd_name]
 
     def invoke(self, ctx: click.Context) -> Any:
+        if os.environ.get("NO_COLOR"):
+            ctx.color = False
+        for stream in (sys.stdout, sys.stderr):
+            # An id may have characters that the terminal's encoding has not.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                return self._invoke(ctx)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read has seen enough; what is still buffered must not complain at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(128 + signal.SIGPIPE)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except Cancelled as error:
@@ -35,7 +76,13 @@ class Group(click.Group):
             ctx.exit(128 + signal.SIGINT)
         except MigratableError as error:
             print_error(error, verbose=ctx.meta.get(_VERBOSE, False))
-            ctx.exit(2 if isinstance(error, MissingExtraError) else 1)
+            status = 2 if isinstance(error, MissingExtraError) else ctx.meta.get(_FAILURE, 1)
+            ctx.exit(status)
+
+
+def fails_with(status: int) -> None:
+    """Let a failure of this command have another exit status than 1."""
+    click.get_current_context().meta[_FAILURE] = status
 
 
 def print_error(error: BaseException | None, *, verbose: bool = False) -> None:
@@ -53,7 +100,7 @@ def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.meta[_VERBOSE] = True
 
 
-verbose = click.option(
+_verbose = click.option(
     "-v",
     "--verbose",
     is_flag=True,
@@ -148,6 +195,31 @@ def showing_progress(*, as_json: bool) -> Iterator[Show]:
             yield show
     else:
         yield lambda _: None
+
+
+@contextmanager
+def showing_work(what: str) -> Iterator[Callable[[int, int], None]]:
+    """What shows how much is done of how much, once it takes over a second on a terminal.
+
+    Raises:
+        MissingExtraError: There is a terminal, but rich is not installed.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    began_s = time.monotonic()
+    show: Show | None = None
+    with ExitStack() as stack:
+
+        def tell(done: int, total: int) -> None:
+            nonlocal show
+            elapsed_s = time.monotonic() - began_s
+            if elapsed_s < _PATIENCE_S:
+                return
+            show = show or stack.enter_context(_bar())
+            show(Progress(what, "confirming", done, total, elapsed_s))
+
+        yield tell
 
 
 class _JsonLines:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vmmig.cli.console import CancelOnSignals, Show, showing_progress
+from vmmig.cli.urls import options_for, scheme_of, with_url_options
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
-from vmmig.transfer import SCHEME, Options, Progress, Stage, Transfer, shown_url
+from vmmig.transfer import Options, Progress, Stage, Transfer, shown_url
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -20,63 +21,21 @@ if TYPE_CHECKING:
 
 _PIPE = "-"
 _PIECE_BYTES = 1 << 20
-_TOKEN_VARIABLE = "VMMIG_TOKEN"
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _token(ctx: click.Context, parameter: click.Parameter, file: IO[str] | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        token = file.read().strip()
-    except ValueError as error:
-        raise click.BadParameter("it is not a text file", ctx, parameter) from error
-    if not token:
-        raise click.BadParameter("it is empty", ctx, parameter)
-    return token
-
-
-_OPTIONS = (
-    click.option(
-        "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="SECONDS",
-        help="How long to wait for the other side: to come, and whenever it stalls. [default: 60]",
-    ),
-    click.option(
-        "--tls",
-        type=click.Path(exists=True, file_okay=False),
-        metavar="FOLDER",
-        help="Encrypt, and prove both sides, with the certificates in this folder.",
-    ),
-    click.option(
-        "--token-file",
-        "token",
-        type=click.File(encoding="utf-8"),
-        callback=_token,
-        metavar="FILE",
-        help=f"The bearer token for http: and https:, else that in ${_TOKEN_VARIABLE}.",
-    ),
-    click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        help="Print progress, and at the end the result, as JSON, one object a line.",
-    ),
+_json = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print progress, and at the end the result, as JSON, one object a line.",
 )
-
-
-def _with_options(function: _F) -> _F:
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
 
 
 @click.command(short_help="Send a snapshot file to a URL.")
 @click.argument("source", type=click.Path(allow_dash=True))
 @click.argument("url")
-@_with_options
+@with_url_options
+@_json
 @click.option(
     "--compress",
     "compression",
@@ -100,7 +59,7 @@ def send(source: str, url: str, as_json: bool, compression: str | None, **option
     _copy(
         source,
         url,
-        _options(url, **options),
+        options_for(url, **options),
         sending=True,
         as_json=as_json,
         compression=compression,
@@ -110,7 +69,8 @@ def send(source: str, url: str, as_json: bool, compression: str | None, **option
 @click.command(short_help="Fetch a snapshot from a URL into a file.")
 @click.argument("url")
 @click.argument("destination", type=click.Path(allow_dash=True))
-@_with_options
+@with_url_options
+@_json
 def recv(url: str, destination: str, as_json: bool, **options: Any) -> None:
     """Fetch a snapshot from URL, check it, and write it to the file DESTINATION.
 
@@ -122,20 +82,7 @@ def recv(url: str, destination: str, as_json: bool, **options: Any) -> None:
       vmmig recv https://store/vm.vmsnap vm.vmsnap
       vmmig recv s3://bucket/vm.vmsnap - | ssh other-host 'cat > vm.vmsnap'
     """
-    _copy(url, destination, _options(url, **options), sending=False, as_json=as_json)
-
-
-def _options(url: str, timeout: float | None, tls: str | None, token: str | None) -> Options:
-    options = Options()
-    if timeout is not None:
-        options["timeout_s"] = timeout
-    if tls is not None:
-        options["tls"] = tls
-    if token is None and _scheme(url) in ("http", "https"):
-        token = os.environ.get(_TOKEN_VARIABLE)
-    if token:
-        options["token"] = token
-    return options
+    _copy(url, destination, options_for(url, **options), sending=False, as_json=as_json)
 
 
 def _copy(
@@ -213,7 +160,7 @@ def _fetch(
 ) -> None:
     from vmmig import transport
 
-    if destination != _PIPE and _scheme(destination) == "file":
+    if destination != _PIPE and scheme_of(destination) == "file":
         from vmmig.transport.file import check_destination
 
         check_destination(destination)
@@ -270,8 +217,3 @@ def _deliver(
             write_chunks(1, transfer.views(pieces), transfer.advance)
     except OSError as error:
         raise transfer.failure(error) from error
-
-
-def _scheme(url: str) -> str:
-    match = SCHEME.match(url)
-    return match[1].lower() if match else "file"

@@ -71,6 +71,11 @@ def demo(ram_mib: int, rounds: int, as_json: bool, keep: Path | None, live: bool
     and saved; a second process loads it and finishes. Its digest is compared with that of a
     machine that was never interrupted, and with what Python's hashlib computes. The exit status
     is 0 if all are equal, and no byte of the console was lost or doubled.
+
+    \b
+      vmmig demo
+      vmmig demo --live --ram-mib 256
+      vmmig demo --keep machine.vmsnap
     """
     import vmmig.adapters.unicorn  # noqa: F401 - if it is missing, nothing is begun
 
@@ -238,6 +243,9 @@ def run(snapshot: str | None, ram_mib: int, rounds: int, as_json: bool) -> None:
     """Run the demo's machine to its end, from SNAPSHOT on or from its start.
 
     SNAPSHOT is what `vmmig demo --keep` saved; it says the machine's size itself.
+
+    \b
+      vmmig run machine.vmsnap
     """
     from vmmig.adapters.unicorn import Machine
 

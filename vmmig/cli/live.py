@@ -12,12 +12,13 @@ from typing import Any, cast
 
 import click
 
+from vmmig._units import format_bytes, format_seconds
 from vmmig.cli import guests
 from vmmig.cli.console import CancelOnSignals, showing_progress
 from vmmig.cli.guests import booted
 from vmmig.errors import MigratableError
 from vmmig.guest_memory import GuestMemory
-from vmmig.precopy import PrecopyPolicy, format_bytes, format_seconds
+from vmmig.precopy import PrecopyPolicy
 from vmmig.transfer import Progress, Stage, shown_url
 
 _MACHINES = {"unicorn": "vmmig.adapters.unicorn:Machine"}

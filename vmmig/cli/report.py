@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from vmmig.precopy import format_bytes, format_seconds
+from vmmig._units import format_bytes, format_seconds
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 260, 84, 34, 14
 _PARTS = ("pause", "state", "final_memory", "send_state", "complete")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 
@@ -62,6 +63,10 @@ def serve(
     """Store snapshots in DIR that are sent over HTTP, and hand them out.
 
     Prints the URL once it listens; a file there is URL and its name. Ends on SIGTERM and SIGINT.
+
+    \b
+      vmmig serve /var/lib/snapshots
+      vmmig serve /var/lib/snapshots --host 0.0.0.0 --token-file token --tls certificates
     """
     token = _token(token_file)
     if not (token or tls or insecure or _is_local(host)):
@@ -72,7 +77,7 @@ def serve(
     from vmmig import http_server
 
     app = http_server.Folder(folder, token=token, max_bytes=max_bytes)
-    server = http_server.server(app, host, port, tls=tls)
+    server = http_server.server(app, host, port, tls=tls, log=_tell)
     try:
         server.prepare()
     except OSError as error:
@@ -88,6 +93,12 @@ def serve(
     finally:
         app.stop()
         server.stop()
+
+
+def _tell(message: str) -> None:
+    # It may run without a terminal, as a service.
+    if sys.stderr is not None:
+        click.echo(f"vmmig serve: {message}", err=True)
 
 
 def _token(token_file: Path | None) -> str | None:

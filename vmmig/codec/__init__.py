@@ -55,24 +55,48 @@ a container is written in one pass, each MiB checked while it is in the processo
 place follows from the index.
 """
 
-from vmmig.codec.converter import configure_converter as configure_converter
-from vmmig.codec.converter import make_converter as make_converter
-from vmmig.codec.decoding import RangeReader as RangeReader
-from vmmig.codec.decoding import ReadableStream as ReadableStream
-from vmmig.codec.decoding import load as load
-from vmmig.codec.decoding import loads as loads
-from vmmig.codec.decoding import open_ranges as open_ranges
-from vmmig.codec.encoding import Encoding as Encoding
-from vmmig.codec.encoding import WritableStream as WritableStream
-from vmmig.codec.encoding import dump as dump
-from vmmig.codec.encoding import dumps as dumps
-from vmmig.codec.encoding import encode as encode
-from vmmig.codec.layout import ALIGNMENT_BYTES as ALIGNMENT_BYTES
-from vmmig.codec.layout import CHUNK_BYTES as CHUNK_BYTES
-from vmmig.codec.layout import FORMAT_VERSION as FORMAT_VERSION
-from vmmig.codec.layout import HEADER_BYTES as HEADER_BYTES
-from vmmig.codec.layout import LARGE_BYTES as LARGE_BYTES
-from vmmig.codec.layout import MAGIC as MAGIC
-from vmmig.codec.layout import Header as Header
-from vmmig.codec.layout import Limits as Limits
-from vmmig.codec.layout import read_header as read_header
+from typing import TYPE_CHECKING
+
+from vmmig._lazy import load_lazily
+
+if TYPE_CHECKING:
+    from vmmig.codec.converter import configure_converter as configure_converter
+    from vmmig.codec.converter import make_converter as make_converter
+    from vmmig.codec.decoding import RangeReader as RangeReader
+    from vmmig.codec.decoding import ReadableStream as ReadableStream
+    from vmmig.codec.decoding import load as load
+    from vmmig.codec.decoding import loads as loads
+    from vmmig.codec.decoding import open_ranges as open_ranges
+    from vmmig.codec.encoding import Encoding as Encoding
+    from vmmig.codec.encoding import WritableStream as WritableStream
+    from vmmig.codec.encoding import dump as dump
+    from vmmig.codec.encoding import dumps as dumps
+    from vmmig.codec.encoding import encode as encode
+    from vmmig.codec.examination import Damage as Damage
+    from vmmig.codec.examination import Examination as Examination
+    from vmmig.codec.examination import SectionVerdict as SectionVerdict
+    from vmmig.codec.examination import examine as examine
+    from vmmig.codec.layout import ALIGNMENT_BYTES as ALIGNMENT_BYTES
+    from vmmig.codec.layout import CHUNK_BYTES as CHUNK_BYTES
+    from vmmig.codec.layout import FORMAT_VERSION as FORMAT_VERSION
+    from vmmig.codec.layout import HEADER_BYTES as HEADER_BYTES
+    from vmmig.codec.layout import LARGE_BYTES as LARGE_BYTES
+    from vmmig.codec.layout import MAGIC as MAGIC
+    from vmmig.codec.layout import Header as Header
+    from vmmig.codec.layout import Limits as Limits
+    from vmmig.codec.layout import read_header as read_header
+    from vmmig.codec.opening import Container as Container
+    from vmmig.codec.opening import StoredSection as StoredSection
+
+load_lazily(
+    __name__,
+    {
+        "converter": "configure_converter make_converter",
+        "decoding": "RangeReader ReadableStream load loads open_ranges",
+        "encoding": "Encoding WritableStream dump dumps encode",
+        "examination": "Damage Examination SectionVerdict examine",
+        "layout": "ALIGNMENT_BYTES CHUNK_BYTES FORMAT_VERSION HEADER_BYTES LARGE_BYTES MAGIC "
+        "Header Limits read_header",
+        "opening": "Container StoredSection",
+    },
+)

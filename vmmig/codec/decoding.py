@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from xxhash import xxh3_64_intdigest as checksum
 
-from vmmig.codec.compression import Decompression, zstd
+from vmmig.codec.compression import DecompressionInto, zstd
 from vmmig.codec.layout import (
     ALIGNMENT_BYTES,
     CHUNK_BYTES,
@@ -32,7 +32,7 @@ from vmmig.errors import DecodeError, MigratableError
 from vmmig.snapshot import Buffer, Snapshot, SnapshotDataSection, build, make_sections, raw_view
 
 _FIRST_BYTES = 1 << 16
-_REQUEST_BYTES = 1 << 24
+REQUEST_BYTES = 1 << 24
 _DEFAULT_LIMITS = Limits()
 
 
@@ -87,7 +87,7 @@ def loads(
     Traceback (most recent call last):
     vmmig.errors.DecodeError: Failed to restore migratable component: header: ...
     """
-    source = _Memory(view_of(data))
+    source = MemorySource(view_of(data))
     header = read_header(source.everything)
     with blaming(header):
         container = _Container(source, header, limits or _DEFAULT_LIMITS)
@@ -105,7 +105,7 @@ def loads(
         if lazily:
             sections = make_sections(columns.section_ids, payloads)
             payloads = [
-                lazy if isinstance(lazy, _LazySection) else section
+                lazy if isinstance(lazy, LazySection) else section
                 for lazy, section in zip(payloads, sections, strict=True)
             ]
         return build(*columns[:4], payloads)
@@ -144,7 +144,7 @@ def open_ranges(reader: RangeReader, *, limits: Limits | None = None) -> Snapsho
     >>> section.snapshot
     b'0123'
     """
-    source = _Remote(reader)
+    source = RemoteSource(reader)
     header = read_header(source.head)
     with blaming(header):
         container = _Container(source, header, limits or _DEFAULT_LIMITS)
@@ -155,7 +155,7 @@ def open_ranges(reader: RangeReader, *, limits: Limits | None = None) -> Snapsho
         small = [partial(container.one_small, number) for number in numbers]
         large = [partial(container.payload, part) for part in layout.large]
         sections = [
-            _LazySection(id, fetch=partial(container.fetch, get), nbytes=nbytes)
+            LazySection(id, fetch=partial(container.fetch, get), nbytes=nbytes)
             for id, get, nbytes in zip(
                 columns.section_ids, layout.arrange(small, large), columns.payloads, strict=True
             )
@@ -191,7 +191,7 @@ def load(
         return _read(source, header, limits or _DEFAULT_LIMITS, detached)
 
 
-class _LazySection(SnapshotDataSection):
+class LazySection(SnapshotDataSection):
     """A section whose bytes are fetched and checked when they are first asked for."""
 
     __slots__ = ("_fetch", "_nbytes", "_payload")
@@ -237,18 +237,8 @@ class _LazySection(SnapshotDataSection):
 class _Container:
     """An opened container, from which sections are fetched, now or when they are touched."""
 
-    def __init__(self, source: _Memory | _Remote, header: Header, limits: Limits) -> None:
-        check_header(header, limits)
-        if source.total_bytes != header.total_bytes:
-            missing = header.total_bytes - source.total_bytes
-            raise DecodeError(
-                f"truncated: {missing} of {header.total_bytes} bytes are missing"
-                if missing > 0
-                else f"{-missing} bytes stand behind the container's {header.total_bytes}",
-                where=f"byte {min(source.total_bytes, header.total_bytes)}",
-            )
-        index = source.view(HEADER_BYTES, HEADER_BYTES + header.index_bytes, "index")
-        self.layout = decode_index(header, index, limits)
+    def __init__(self, source: MemorySource | RemoteSource, header: Header, limits: Limits) -> None:
+        self.layout = opened_layout(source, header, limits)
         if header.flags & COMPRESSED:
             zstd()
         self._source = source
@@ -257,9 +247,9 @@ class _Container:
         self._sums: list[int] | None = None
         self._small: list[bytes] | None = None
 
-    def lazy(self, part: Part) -> _LazySection:
+    def lazy(self, part: Part) -> LazySection:
         fetch = partial(self.fetch, partial(self.payload, part))
-        return _LazySection(part.id, fetch=fetch, nbytes=part.nbytes)
+        return LazySection(part.id, fetch=fetch, nbytes=part.nbytes)
 
     def fetch(self, get: Callable[[], Buffer]) -> Buffer:
         """What `get` returns, with errors that know the container."""
@@ -284,10 +274,10 @@ class _Container:
             view = self._source.view(part.start, part.end, part)
             part.check(0, chunk_sums(view), sums)
             return view
-        memory = _memory(part.nbytes)
-        frame = Decompression(memory, part)
-        for start in range(part.start, part.end, _REQUEST_BYTES):
-            view = self._source.view(start, min(start + _REQUEST_BYTES, part.end), part)
+        memory = memory_of(part.nbytes)
+        frame = DecompressionInto(memory, part)
+        for start in range(part.start, part.end, REQUEST_BYTES):
+            view = self._source.view(start, min(start + REQUEST_BYTES, part.end), part)
             part.check(start - part.start, chunk_sums(view), sums)
             frame.feed(view)
         frame.finish()
@@ -302,11 +292,28 @@ class _Container:
             return self._sums
 
 
-class _Memory:
+def opened_layout(source: MemorySource | RemoteSource, header: Header, limits: Limits) -> Layout:
+    """Where everything stands in a container that must be there as a whole."""
+    check_header(header, limits)
+    if wrong := wrong_size(source.total_bytes, header.total_bytes):
+        raise DecodeError(wrong, where=f"byte {min(source.total_bytes, header.total_bytes)}")
+    index = source.view(HEADER_BYTES, HEADER_BYTES + header.index_bytes, "index")
+    return decode_index(header, index, limits)
+
+
+def wrong_size(found_bytes: int, total_bytes: int) -> str | None:
+    """What is wrong where not as many bytes are there as should be."""
+    missing = total_bytes - found_bytes
+    if missing > 0:
+        return f"truncated: {missing} of {total_bytes} bytes are missing"
+    return f"{-missing} bytes stand behind the container's {total_bytes}" if missing else None
+
+
+class MemorySource:
     """A container that is there as a whole."""
 
     def __init__(self, everything: memoryview) -> None:
-        self.everything = everything
+        self.everything = self.head = everything
         self.total_bytes = everything.nbytes
 
     def view(self, start: int, end: int, what: object) -> memoryview:
@@ -320,7 +327,7 @@ class _Memory:
             end = part.end
 
 
-class _Remote:
+class RemoteSource:
     """A container far away, of which only the head is kept."""
 
     def __init__(self, reader: RangeReader) -> None:
@@ -338,12 +345,12 @@ class _Remote:
     def view(self, start: int, end: int, what: object) -> memoryview:
         if end <= self.head.nbytes:
             return self.head[start:end]
-        memory = _memory(end - start)
+        memory = memory_of(end - start)
         known = self.head[start:]
         memory[: known.nbytes] = known
         try:
-            for at in range(start + known.nbytes, end, _REQUEST_BYTES):
-                stop = min(at + _REQUEST_BYTES, end)
+            for at in range(start + known.nbytes, end, REQUEST_BYTES):
+                stop = min(at + REQUEST_BYTES, end)
                 self._reader.read_into(at, memory[at - start : stop - start])
         except MigratableError:
             raise
@@ -381,15 +388,15 @@ def _read(source: _Stream, header: Header, limits: Limits, detached: Sequence[Bu
     small_bytes = source.take(layout.small_end - layout.small_start, "the small sections")
     large: list[Buffer] = []
     found: list[list[int]] = []
-    frames: list[tuple[Decompression, DecodeError | None]] = []
+    frames: list[tuple[DecompressionInto, DecodeError | None]] = []
     # One mapping serves all, for a process may have no more than some 65,000.
     room = [0 if part.detached else part.nbytes for part in layout.large]
-    memory = _memory(sum(nbytes + -nbytes % ALIGNMENT_BYTES for nbytes in room))
+    memory = memory_of(sum(nbytes + -nbytes % ALIGNMENT_BYTES for nbytes in room))
     for part, nbytes in zip(layout.large, room, strict=True):
         view, memory = memory[:nbytes], memory[nbytes + -nbytes % ALIGNMENT_BYTES :]
         source.skip_zeros(part.start - source.taken, part)
         if part.compressed:
-            frame = Decompression(view, part)
+            frame = DecompressionInto(view, part)
             sums, error = source.decompress(part, frame)
             frames.append((frame, error))
         else:
@@ -408,7 +415,7 @@ def _read(source: _Stream, header: Header, limits: Limits, detached: Sequence[Bu
     return build(*layout.columns[:4], layout.arrange(small, large))
 
 
-def _memory(count: int) -> memoryview:
+def memory_of(count: int) -> memoryview:
     """Memory; if it is much, then such that the kernel hands out only as it is written to."""
     if count <= CHUNK_BYTES:
         return memoryview(bytearray(count))
@@ -445,7 +452,9 @@ class _Stream:
             sums.append(checksum(chunk))
         return sums
 
-    def decompress(self, part: Part, frame: Decompression) -> tuple[list[int], DecodeError | None]:
+    def decompress(
+        self, part: Part, frame: DecompressionInto
+    ) -> tuple[list[int], DecodeError | None]:
         """The checksum of each stored MiB, and what the frame refused.
 
         That comes second: where the bytes are damaged, their checksums will tell it better.

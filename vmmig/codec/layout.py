@@ -238,6 +238,16 @@ class Layout(NamedTuple):
         sections = range(len(self.columns.section_ids))
         return [at[i] if i in at else next(rest) for i in sections]
 
+    def parts(self) -> list[Part]:
+        """Where each section stands, the small ones too, in index order."""
+        small = []
+        start = self.small_start
+        sections = [i for i, length in enumerate(self.columns.payloads) if length < LARGE_BYTES]
+        for number, (section, length) in enumerate(zip(sections, self.small_lengths, strict=True)):
+            small.append(Part(self.columns, section, start, start + length, number))
+            start += length
+        return self.arrange(small, self.large)
+
     def split_small(self, data: memoryview, sums: list[int]) -> list[bytes]:
         """The small sections' bytes, checked."""
         small = _split(data, self.small_lengths)
