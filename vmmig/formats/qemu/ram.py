@@ -6,7 +6,6 @@ import mmap
 import os
 import sys
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -194,9 +193,7 @@ class RamReader:
                 raise damaged(begin, "the first page names no RAM block")
             page = header // page_bytes
             if page >= block.length // page_bytes:
-                raise damaged(
-                    begin, f"page {page} is beyond the end of RAM block {block.name!r}"
-                )
+                raise damaged(begin, f"page {page} is beyond the end of RAM block {block.name!r}")
             try:
                 self._run(block, kind, header, page)
             except (OSError, MemoryError, ValueError, OverflowError) as error:

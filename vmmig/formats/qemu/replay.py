@@ -194,10 +194,7 @@ class RamWriter:
                 yield pages.zero_records(header, count, size)
             else:
                 start = (first - page) * size
-                numbers = pages.headers(header, count, size)
-                for i in range(count):
-                    yield numbers[8 * i : 8 * i + 8]
-                    yield data[start + i * size : start + i * size + size]
+                yield pages.plain_records(header, data[start : start + count * size], size)
 
     def _sources(
         self, block: _Block, kind: int, run: int, page: int, end: int
@@ -205,10 +202,8 @@ class RamWriter:
         """The bytes of a run's pages: how many, and from where; None for zeros."""
         view, size = block.view, self._page_bytes
         assert view is not None
-        newest = not block.again
-        if not newest:
-            last = block.last_run[page:end].tolist()
-            newest = last.count(run + 1) == end - page
+        last = block.last_run[page:end].tolist() if block.again else []
+        newest = last.count(run + 1) == len(last)
         if newest and kind == PAGE:
             yield end - page, view[page * size : end * size]
         elif newest and self._is_zero(block, page, end):
@@ -228,10 +223,9 @@ class RamWriter:
         view, begin, stop = block.view, page * self._page_bytes, end * self._page_bytes
         assert view is not None
         i = bisect_right(block.data, begin, key=itemgetter(1))
-        for start, data_end in block.data[i:]:
-            if start >= stop:
-                break
-            start, data_end = max(start, begin), min(data_end, stop)
+        while i < len(block.data) and block.data[i][0] < stop:
+            start, data_end = max(block.data[i][0], begin), min(block.data[i][1], stop)
+            i += 1
             where = block.address + start
             if view[start] or libc().memcmp(where, where + 1, data_end - start - 1):
                 return False
