@@ -316,8 +316,8 @@ class Reader:
             )
         node = Snapshot("ram")
         for block in ram.blocks:
-            if block.store is not None:
-                node.add_data_section(SnapshotDataSection(block.name, block.store.finish()))
+            if (held := block.finish()) is not None:
+                node.add_data_section(SnapshotDataSection(block.name, held))
         self._root.add_snapshot(node)
         runs = ram.runs
         if sys.byteorder == "big":
