@@ -90,20 +90,23 @@ def test_a_machine_goes_through(name: str, tmp_path: Path) -> None:
 
 
 def test_a_machine_that_runs_meanwhile(tmp_path: Path) -> None:
-    """Its pages come more than once."""
+    """Its pages come more than once; what holds in the end is what QEMU makes of them."""
     firmware = dirtying_firmware(tmp_path)
-    with machine(tmp_path, "-machine", "pc", "-m", "16", "-bios", str(firmware)) as running:
+    arguments = ("-machine", "pc", "-m", "16", "-bios", str(firmware))
+    with machine(tmp_path, *arguments) as running:
         while running.monitor("xp /1hx 0x2f000").split()[-1] == "0x0000":
             pass
         running.ask("migrate-set-parameters", **{"max-bandwidth": 1 << 20, "downtime-limit": 1})
         saved = running.save(tmp_path / "saved.qemu")
     snapshot = qemu.read(saved)
-    earlier = raw_view(snapshot.section("stream-earlier-pages").snapshot)
-    assert earlier.nbytes >= 4096
+    assert raw_view(snapshot.section("stream-earlier-pages").snapshot).nbytes >= 4096
     assert b"".join(qemu.chunks(snapshot)) == saved.read_bytes()
+    memory = tmp_path / "memory"
+    with machine(tmp_path, *arguments, "-S", "-incoming", "defer") as second:
+        second.load(saved)
+        second.ask("pmemsave", val=1 << 17, size=1 << 16, filename=str(memory))
     ram = raw_view(snapshot.find("ram").section("pc.ram").snapshot)
-    counts = [int.from_bytes(ram[at : at + 2], "little") for at in range(1 << 17, 3 << 16, 4096)]
-    assert max(counts) - min(counts) in (0, 1, 0xFFFF)
+    assert ram[1 << 17 : 3 << 16] == memory.read_bytes()
 
 
 def test_shared_memory_stays_where_it_is(tmp_path: Path) -> None:
