@@ -15,6 +15,7 @@ from collections.abc import Set
 from typing import Any, NoReturn
 
 from vmmig.errors import DecodeError
+from vmmig.formats.cloud_hypervisor.folders import bytes_at
 from vmmig.formats.cloud_hypervisor.integers import decode_integers
 from vmmig.snapshot import Buffer, raw_view
 
@@ -161,7 +162,7 @@ class JsonScanner:
         data = bytearray()
         while True:
             at = self.at
-            piece = bytes(self._text[at : at + _PIECE_BYTES])
+            piece = bytes_at(self._text, at, min(at + _PIECE_BYTES, self._size))
             end = piece.find(b"]")
             last = end >= 0
             if not last:

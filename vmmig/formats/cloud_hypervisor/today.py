@@ -23,7 +23,14 @@ from vmmig.formats.cloud_hypervisor.folders import (
     write_folder,
 )
 from vmmig.formats.cloud_hypervisor.scanning import parse_json
-from vmmig.formats.cloud_hypervisor.trees import REST, STATE, decode_tree, encode_tree
+from vmmig.formats.cloud_hypervisor.trees import (
+    MEMORY,
+    STATE,
+    decode_tree,
+    encode_tree,
+    split_memory,
+    with_memory,
+)
 from vmmig.memory import MemoryRange
 from vmmig.snapshot import Buffer, Snapshot, SnapshotDataSection, raw_view
 
@@ -32,9 +39,6 @@ NAME = "cloud-hypervisor"
 
 CONFIG = "config"
 """The root's section with the configuration, a JSON text."""
-
-MEMORY = "memory"
-"""The child with the RAM."""
 
 _CONFIG_FILE, _STATE_FILE, _MEMORY_FILE = "config.json", "state.json", "memory-ranges"
 _FILES = (_CONFIG_FILE, _STATE_FILE, _MEMORY_FILE)
@@ -97,14 +101,11 @@ def read(path: str | os.PathLike[str]) -> Snapshot:
     Traceback (most recent call last):
     vmmig.errors.MigrateReceiveError: ...'no-such-folder': No such file or directory; ...
     """
-    files = map_folder(path, _FILES.__contains__)
-    for name in (_CONFIG_FILE, _STATE_FILE):
-        if name not in files:
-            raise DecodeError("it is missing", where=name)
+    files = map_folder(path, _FILES.__contains__, required=(_CONFIG_FILE, _STATE_FILE))
     config, state = bytes(files[_CONFIG_FILE]), files[_STATE_FILE]
     snapshot = _tree(config, state)
     ram = files.get(_MEMORY_FILE, memoryview(b""))
-    ranges = _declared(snapshot, has_ram=bool(ram))
+    ranges = _declared(config, snapshot, has_ram=bool(ram))
     total_bytes = sum(range.length for range in ranges)
     if len(ram) != total_bytes:
         raise DecodeError(
@@ -116,8 +117,7 @@ def read(path: str | os.PathLike[str]) -> Snapshot:
     for range in ranges:
         memory[range.gpa] = ram[at : at + range.length]
         at += range.length
-    _add_memory(snapshot, memory)
-    return snapshot
+    return _with_memory(snapshot, memory)
 
 
 def write(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
@@ -135,15 +135,14 @@ def write(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
     Traceback (most recent call last):
     vmmig.errors.SnapshotError: ...: the root has no section 'config'...
     """
-    _check_config(snapshot)
-    memory = _memory_of(snapshot)
+    config, tree, memory = _split(snapshot)
     try:
-        ranges = _declared(snapshot, has_ram=bool(memory))
+        ranges = _declared(config, tree, has_ram=bool(memory))
     except DecodeError as error:
         raise SnapshotError(f"its sections do not tell the memory's ranges: {error}") from error
     files = {
-        _CONFIG_FILE: text_writer([snapshot.snapshot_data[CONFIG].snapshot]),
-        _STATE_FILE: text_writer(encode_tree(_state_of(snapshot), "today")),
+        _CONFIG_FILE: text_writer([config]),
+        _STATE_FILE: text_writer(encode_tree(tree, "today")),
     }
     if ranges:
         files[_MEMORY_FILE] = memory_writer(_arranged(ranges, memory))
@@ -178,8 +177,7 @@ snapshot_data: ['config': 2 bytes])
     _check_apart(
         [MemoryRange(gpa, raw_view(payload).nbytes) for gpa, payload in memory.items()], "memory"
     )
-    _add_memory(snapshot, memory)
-    return snapshot
+    return _with_memory(snapshot, memory)
 
 
 def to_parts(snapshot: Snapshot) -> Parts:
@@ -191,9 +189,8 @@ def to_parts(snapshot: Snapshot) -> Parts:
     >>> to_parts(from_parts(b"{}", b'{"snapshots": {}, "snapshot_data": null}', {}))
     Parts(config=b'{}', state=b'{"snapshots":{},"snapshot_data":null}', memory={})
     """
-    _check_config(snapshot)
-    state = b"".join(encode_tree(_state_of(snapshot), "today"))
-    return Parts(bytes(snapshot.snapshot_data[CONFIG].snapshot), state, _memory_of(snapshot))
+    config, tree, memory = _split(snapshot)
+    return Parts(config, b"".join(encode_tree(tree, "today")), memory)
 
 
 def ram_mappings(config: Buffer) -> list[RamMapping]:
@@ -217,70 +214,40 @@ def _tree(config: bytes, state: Buffer) -> Snapshot:
     return snapshot
 
 
-def _add_memory(snapshot: Snapshot, memory: Mapping[int, Buffer]) -> None:
-    if not memory:
-        return
-    node = snapshot.snapshots.get(MEMORY)
-    if node is None:
-        node = Snapshot(MEMORY)
-        snapshot.add_snapshot(node)
-    elif REST not in node.snapshot_data:
-        # The state has a node of this name too, which shall not be lost.
-        rest = b"{}" if STATE in node.snapshot_data else b'{"snapshot_data":null}'
-        node.add_data_section(SnapshotDataSection(REST, rest))
-    for gpa, payload in memory.items():
-        node.add_data_section(SnapshotDataSection(f"{gpa:#x}", payload))
+def _with_memory(snapshot: Snapshot, memory: Mapping[int, Buffer]) -> Snapshot:
+    sections = {f"{gpa:#x}": payload for gpa, payload in memory.items()}
+    return with_memory(snapshot, sections, "today")
 
 
-def _memory_of(snapshot: Snapshot) -> dict[int, Buffer]:
-    node = snapshot.snapshots.get(MEMORY)
-    if node is None:
-        return {}
-    memory: dict[int, Buffer] = {}
-    for id, section in node.snapshot_data.items():
-        if _is_ram(id):
-            memory[int(id, 16)] = section.snapshot
+def _split(snapshot: Snapshot) -> tuple[bytes, Snapshot, dict[int, Buffer]]:
+    """The configuration, the tree of states and the RAM by its addresses."""
+    tree, sections = split_memory(snapshot, _is_ram)
+    if CONFIG not in tree.snapshot_data:
+        raise SnapshotError(
+            f"the root has no section {CONFIG!r}: it is no snapshot of today's Cloud Hypervisor, "
+            "and cannot be written as one; convert to another format"
+        )
+    tree = copy(tree)
+    config = bytes(raw_view(tree.snapshot_data.pop(CONFIG).snapshot))
+    memory = {int(id, 16): payload for id, payload in sections.items()}
     ranges = [MemoryRange(gpa, raw_view(payload).nbytes) for gpa, payload in memory.items()]
     _check_apart(ranges, MEMORY, SnapshotError)
-    return memory
-
-
-def _state_of(snapshot: Snapshot) -> Snapshot:
-    """The tree without what stands in other files than the state's."""
-    root = copy(snapshot)
-    del root.snapshot_data[CONFIG]
-    node = root.snapshots.get(MEMORY)
-    if node is not None:
-        own = {id: section for id, section in node.snapshot_data.items() if not _is_ram(id)}
-        if own or node.snapshots:
-            root.snapshots[MEMORY] = Snapshot(MEMORY, node.snapshots, own)
-        else:
-            del root.snapshots[MEMORY]
-    return root
+    return config, tree, memory
 
 
 def _is_ram(id: str) -> bool:
     return _RAM.fullmatch(id) is not None
 
 
-def _check_config(snapshot: Snapshot) -> None:
-    if CONFIG not in snapshot.snapshot_data:
-        raise SnapshotError(
-            f"the root has no section {CONFIG!r}: it is no snapshot of today's Cloud Hypervisor, "
-            "and cannot be written as one; convert to another format"
-        )
-
-
-def _declared(snapshot: Snapshot, *, has_ram: bool) -> list[MemoryRange]:
+def _declared(config: bytes, tree: Snapshot, *, has_ram: bool) -> list[MemoryRange]:
     """The ranges of which the RAM's file is made, in their order there.
 
     They stand in the configuration as the wire has it, or in the state of the memory manager.
     Where both tell none, as in a live migration, the RAM is all that the machine has.
     """
-    config = parse_json(snapshot.snapshot_data[CONFIG].snapshot, _CONFIG_FILE)
-    data = _object(config, _CONFIG_FILE).get(_MANAGER_DATA)
+    data = _object(parse_json(config, _CONFIG_FILE), _CONFIG_FILE).get(_MANAGER_DATA)
     sources = [(_object(data, _CONFIG_FILE), _CONFIG_FILE)] if data is not None else []
-    manager = snapshot.snapshots.get(_MANAGER)
+    manager = tree.snapshots.get(_MANAGER)
     if manager is not None and STATE in manager.snapshot_data:
         where = f"{_STATE_FILE}, the state of {_MANAGER!r}"
         state = parse_json(manager.snapshot_data[STATE].snapshot, where)

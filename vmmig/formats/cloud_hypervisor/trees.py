@@ -7,8 +7,9 @@ node, as one JSON object of the text as it was found, and put back where it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from typing import Literal, TypeVar
 
 import attrs
 
@@ -24,11 +25,16 @@ from vmmig.snapshot import (
     raw_view,
 )
 
+MEMORY = "memory"
+"""The root's child that has the RAM, which stands in other files than the tree."""
+
 STATE = "state"
 """The section of a node of today's trees that has its state, a text."""
 
 REST = "$rest"
 """The section that has what a node's JSON has and the tree has not: a JSON object."""
+
+_T = TypeVar("_T")
 
 Generation = Literal["2020", "today"]
 
@@ -105,7 +111,10 @@ def decode_tree(text: Buffer, name: str, generation: Generation, root_id: str = 
 
 
 def encode_tree(root: Snapshot, generation: Generation) -> Iterator[bytes]:
-    """The JSON text of a tree, piece by piece; a large section takes no more than a piece.
+    """The JSON text of a valid tree, piece by piece, in the order of the ids.
+
+    No more than a piece of a large section is in memory at a time; and equal trees give equal
+    texts.
 
     Raises:
         SnapshotError: The tree cannot be written so; says where and why.
@@ -113,10 +122,9 @@ def encode_tree(root: Snapshot, generation: Generation) -> Iterator[bytes]:
     >>> b"".join(encode_tree(Snapshot("vm"), "2020"))
     b'{"id":"vm","snapshots":{},"snapshot_data":{}}'
     """
-    flatten(root)
     yield from _head(SnapshotPath(), root, generation)
     # Each open node's children that are to come.
-    stack = [(root, SnapshotPath(), iter(root.snapshots.values()))]
+    stack = [(root, SnapshotPath(), _sorted(root.snapshots))]
     first = True
     while stack:
         node, place, children = stack[-1]
@@ -126,13 +134,65 @@ def encode_tree(root: Snapshot, generation: Generation) -> Iterator[bytes]:
             key = _text(child.id, below)
             yield (b"" if first else b",") + key + b":"
             yield from _head(below, child, generation)
-            stack.append((child, below, iter(child.snapshots.values())))
+            stack.append((child, below, _sorted(child.snapshots)))
             first = True
         else:
             yield b"}"
             yield from _tail(place, node, generation)
             stack.pop()
             first = False
+
+
+def with_memory(
+    snapshot: Snapshot, memory: Mapping[str, Buffer], generation: Generation
+) -> Snapshot:
+    """The tree with RAM added to it: sections of the root's child `MEMORY`.
+
+    >>> tree = with_memory(Snapshot("vm"), {"memory-region-0": bytes(4096)}, "2020")
+    >>> tree.find("memory")
+    Snapshot('memory', snapshot_data: ['memory-region-0': 4096 bytes])
+    """
+    if not memory:
+        return snapshot
+    node = snapshot.snapshots.get(MEMORY)
+    if node is None:
+        node = Snapshot(MEMORY)
+        snapshot.add_snapshot(node)
+    elif not node.snapshot_data and not node.snapshots:
+        # The text has an empty node of this name, of which else nothing would tell.
+        rest = b"{}" if generation == "2020" else b'{"snapshot_data":null}'
+        node.add_data_section(SnapshotDataSection(REST, rest))
+    for id, payload in memory.items():
+        node.add_data_section(SnapshotDataSection(id, payload))
+    return snapshot
+
+
+def split_memory(
+    snapshot: Snapshot, is_memory: Callable[[str], bool]
+) -> tuple[Snapshot, dict[str, Buffer]]:
+    """The tree without its RAM, and the RAM: the reverse of `with_memory`.
+
+    Args:
+        snapshot: A tree, which stays as it is.
+        is_memory: Whether a section of the child `MEMORY` is RAM, by its id.
+
+    Raises:
+        SnapshotError: The tree is not valid.
+    """
+    flatten(snapshot)
+    node = snapshot.snapshots.get(MEMORY)
+    if node is None:
+        return snapshot, {}
+    memory = {id: held.snapshot for id, held in node.snapshot_data.items() if is_memory(id)}
+    if not memory:
+        return snapshot, {}
+    root = copy(snapshot)
+    own = {id: held for id, held in node.snapshot_data.items() if not is_memory(id)}
+    if own or node.snapshots:
+        root.snapshots[MEMORY] = Snapshot(MEMORY, node.snapshots, own)
+    else:
+        del root.snapshots[MEMORY]
+    return root, memory
 
 
 def _head(place: SnapshotPath, node: Snapshot, generation: Generation) -> Iterator[bytes]:
@@ -186,7 +246,8 @@ def _encoded_state(place: SnapshotPath, node: Snapshot, data: bytes | None) -> I
 def _encoded_sections(place: SnapshotPath, node: Snapshot, data: bytes | None) -> Iterator[bytes]:
     others = {} if data is None else _members(data, place)
     comma = b""
-    for id, section in node.snapshot_data.items():
+    for section in _sorted(node.snapshot_data):
+        id = section.id
         if id == REST:
             continue
         name = _text(id, place)
@@ -293,6 +354,10 @@ def _members(text: Buffer, place: SnapshotPath) -> dict[str, bytes]:
 
 def _member(key: str, value: bytes) -> bytes:
     return json.dumps(key, ensure_ascii=False).encode() + b":" + value
+
+
+def _sorted(held: dict[str, _T]) -> Iterator[_T]:
+    return (held[id] for id in sorted(held))
 
 
 def _text(text: str, place: SnapshotPath) -> bytes:
