@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 
-from vmmig.errors import DecodeError, SnapshotError
+from vmmig.errors import DecodeError, MigrateReceiveError, SnapshotError
 from vmmig.formats.cloud_hypervisor.folders import (
     map_folder,
     memory_writer,
@@ -25,6 +25,7 @@ from vmmig.formats.cloud_hypervisor.trees import (
     with_memory,
 )
 from vmmig.snapshot import Snapshot, raw_view
+from vmmig.transport.file import path_of
 
 NAME = "cloud-hypervisor-2020"
 """The format's name."""
@@ -58,8 +59,9 @@ def read(path: str | os.PathLike[str]) -> Snapshot:
     Traceback (most recent call last):
     vmmig.errors.MigrateReceiveError: ...'no-such-folder': No such file or directory; ...
     """
-    files = map_folder(path, _is_known, required=(_TREE_FILE,))
-    name = os.path.join(path, _TREE_FILE)
+    folder = path_of(path, MigrateReceiveError)
+    files = map_folder(folder, _is_known, required=(_TREE_FILE,))
+    name = os.path.join(folder, _TREE_FILE)
     snapshot = decode_tree(files.pop(_TREE_FILE), name, "2020")
     _, inside = split_memory(snapshot, _is_region)
     if inside:
