@@ -166,7 +166,8 @@ class JsonScanner:
         data = bytearray()
         piece_bytes = _FIRST_BYTES
         while True:
-            at = self.at
+            # To look at the mapping itself would bring it into memory, page by page.
+            at = self._at
             piece = bytes_at(self._text, at, min(at + piece_bytes, self._size))
             end = piece.find(b"]")
             last = end >= 0
