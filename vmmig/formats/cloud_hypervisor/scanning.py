@@ -25,12 +25,14 @@ MAX_VALUE_BYTES = 16 << 20
 
 _FIRST_BYTES = 1 << 12
 _PIECE_BYTES = 1 << 16
-_MAX_DIGITS = 4000
 # The longest piece of a value that can be cut off and is not a string: "\\ud83d\\ude00", -Infinity.
 _CUT_CHARS = 16
+_LAST_SPACE = ord(" ")
 _SPACE = re.compile(rb"[ \t\n\r]*+")
 # The possessive repeats keep nothing to come back to, so that a string of any length costs no
 # memory besides itself.
+_PLAIN_STRING = re.compile(rb'"([^"\\\x00-\x1f\x80-\xff]*+)"')
+_PLAIN_KEY = re.compile(rb'(,?)[ \t\n\r]*+"([^"\\\x00-\x1f\x80-\xff]*+)"[ \t\n\r]*+:[ \t\n\r]*+')
 _STRING = re.compile(rb'"(?:[^"\\]++|\\[\s\S])*+"')
 _INTEGER = re.compile(
     rb"[ \t\n\r]*+(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])[ \t\n\r]*+(?:,|\Z)"
@@ -65,10 +67,12 @@ class JsonScanner:
     @property
     def at(self) -> int:
         """The byte at which the next piece begins, white space skipped."""
-        match = _SPACE.match(self._text, self._at)
-        assert match is not None
-        self._at = match.end()
-        return self._at
+        at = self._at
+        if at < self._size and self._text[at] <= _LAST_SPACE:
+            match = _SPACE.match(self._text, at)
+            assert match is not None
+            self._at = at = match.end()
+        return at
 
     def begin(self, bracket: str) -> None:
         """Take the opening ``bracket`` of an object or a list."""
@@ -87,6 +91,12 @@ class JsonScanner:
         if following == "}":
             self._at += 1
             return None
+        match = _PLAIN_KEY.match(self._text, self._at)
+        if match is not None and bool(match[1]) == bool(seen):
+            plain = match[2].decode()
+            if plain not in seen:
+                self._at = match.end()
+                return plain
         if seen:
             if following != ",":
                 self.fail(f"a comma or a closing brace must stand here, not {self._shown()}")
@@ -103,6 +113,10 @@ class JsonScanner:
     def string(self) -> str:
         """The string that stands here."""
         at = self.at
+        match = _PLAIN_STRING.match(self._text, at)
+        if match is not None:
+            self._at = match.end()
+            return match[1].decode()
         match = _STRING.match(self._text, at)
         if match is None:
             closed = self._next() == '"'
@@ -244,7 +258,13 @@ def _parsed(text: str) -> tuple[Any, int]:
             place is at its end.
     """
     try:
-        parsed: tuple[Any, int] = _DECODER.scan_once(text, 0)
+        parsed: tuple[Any, int]
+        try:
+            parsed = _DECODER.scan_once(text, 0)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # Python makes no integer of thousands of digits.
+            parsed = _DECODER_OF_LONG_INTEGERS.scan_once(text, 0)
         return parsed
     except StopIteration as error:
         raise _NotJsonError("a value must stand here", error.value) from None
@@ -265,14 +285,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _integer(digits: str) -> int | float:
-    return int(digits) if len(digits) < _MAX_DIGITS else float(digits)
-
-
 def _constant(name: str) -> NoReturn:
     raise _RefusedError(f"there is {name}, which is no JSON")
 
 
-_DECODER: Any = json.JSONDecoder(
-    object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
+_DECODER: Any = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_DECODER_OF_LONG_INTEGERS: Any = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_constant, parse_int=float
 )

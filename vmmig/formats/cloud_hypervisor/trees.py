@@ -47,7 +47,7 @@ class _Open:
 
     node: Snapshot
     seen: set[str] = attrs.field(factory=set)
-    rest: list[bytes] = attrs.field(factory=list)
+    rest: dict[str, bytes] = attrs.field(factory=dict)
     inside: bool = False
     """Whether its children are being read, rather than its own keys."""
 
@@ -95,7 +95,7 @@ def decode_tree(text: Buffer, name: str, generation: Generation, root_id: str = 
         elif key == "snapshot_data":
             rest = (_state if generation == "today" else _sections)(scanner, top.node)
             if rest is not None:
-                top.rest.append(b'"snapshot_data":' + rest)
+                top.rest["snapshot_data"] = rest
         elif key == "id" and generation == "2020":
             at = scanner.at
             id = scanner.string()
@@ -104,7 +104,7 @@ def decode_tree(text: Buffer, name: str, generation: Generation, root_id: str = 
             elif id != top.node.id:
                 scanner.fail(f"the id is {_shown(id)} under the key {_shown(top.node.id)}", at)
         else:
-            top.rest.append(_member(key, scanner.value()))
+            top.rest[key] = scanner.value()
         top.seen.add(key)
     scanner.end()
     return root
@@ -271,20 +271,19 @@ def _close(scanner: JsonScanner, top: _Open, generation: Generation) -> None:
         if key not in top.seen:
             scanner.fail(f"the object that ends here has no {key!r}")
     if generation == "today":
-        usual = [] if STATE in top.node.snapshot_data else [b'"snapshot_data":null']
+        usual = {} if STATE in top.node.snapshot_data else {"snapshot_data": b"null"}
         keep = top.rest != usual
     else:
         keep = bool(top.rest)
     if keep:
-        rest = b"{" + b",".join(top.rest) + b"}"
-        top.node.add_data_section(SnapshotDataSection(REST, rest))
+        top.node.add_data_section(SnapshotDataSection(REST, _joined(top.rest)))
 
 
 def _state(scanner: JsonScanner, node: Snapshot) -> bytes | None:
     """Read today's data of a node; what there is besides the state."""
     if scanner.is_null():
         return b"null"
-    rest: list[bytes] = []
+    rest: dict[str, bytes] = {}
     seen: set[str] = set()
     scanner.begin("{")
     while (key := scanner.key(seen)) is not None:
@@ -292,13 +291,13 @@ def _state(scanner: JsonScanner, node: Snapshot) -> bytes | None:
         if key == STATE:
             node.add_data_section(SnapshotDataSection(STATE, scanner.string().encode()))
         else:
-            rest.append(_member(key, scanner.value()))
-    return b"{" + b",".join(rest) + b"}" if rest or STATE not in seen else None
+            rest[key] = scanner.value()
+    return _joined(rest) if rest or STATE not in seen else None
 
 
 def _sections(scanner: JsonScanner, node: Snapshot) -> bytes | None:
     """Read the data of a node of 2020; what there is besides the sections."""
-    rest: list[bytes] = []
+    rest: dict[str, bytes] = {}
     scanner.begin("{")
     sections: set[str] = set()
     while (id := scanner.key(sections)) is not None:
@@ -308,7 +307,7 @@ def _sections(scanner: JsonScanner, node: Snapshot) -> bytes | None:
                 f"no section can be called {REST!r} here: it is where unknown keys are kept"
             )
         seen: set[str] = set()
-        others: list[bytes] = []
+        others: dict[str, bytes] = {}
         scanner.begin("{")
         while (key := scanner.key(seen)) is not None:
             seen.add(key)
@@ -320,13 +319,13 @@ def _sections(scanner: JsonScanner, node: Snapshot) -> bytes | None:
             elif key == "snapshot":
                 node.add_data_section(SnapshotDataSection(id, scanner.byte_list()))
             else:
-                others.append(_member(key, scanner.value()))
+                others[key] = scanner.value()
         for required in ("id", "snapshot"):
             if required not in seen:
                 scanner.fail(f"the section that ends here has no {required!r}")
         if others:
-            rest.append(_member(id, b"{" + b",".join(others) + b"}"))
-    return b"{" + b",".join(rest) + b"}" if rest else None
+            rest[id] = _joined(others)
+    return _joined(rest) if rest else None
 
 
 def _rest_of(place: SnapshotPath, node: Snapshot) -> dict[str, bytes]:
@@ -350,6 +349,10 @@ def _members(text: Buffer, place: SnapshotPath) -> dict[str, bytes]:
             "remove the section"
         ) from error
     return members
+
+
+def _joined(members: Mapping[str, bytes]) -> bytes:
+    return b"{" + b",".join(_member(key, members[key]) for key in sorted(members)) + b"}"
 
 
 def _member(key: str, value: bytes) -> bytes:
