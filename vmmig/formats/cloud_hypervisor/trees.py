@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import attrs
 
 from vmmig.errors import DecodeError, SnapshotError
+from vmmig.formats.cloud_hypervisor.folders import bytes_at
 from vmmig.formats.cloud_hypervisor.integers import encode_integers
 from vmmig.formats.cloud_hypervisor.scanning import JsonScanner
 from vmmig.snapshot import (
@@ -212,7 +213,7 @@ def _tail(place: SnapshotPath, node: Snapshot, generation: Generation) -> Iterat
     else:
         yield from _encoded_state(place, node, data)
     for key, value in rest.items():
-        if key in ("id", "snapshots") and (generation == "2020" or key == "snapshots"):
+        if key == "snapshots" or (key == "id" and generation == "2020"):
             raise SnapshotError(f"{place.section(REST)}: {key!r} is what the tree itself has")
         yield b"," + _member(key, value)
     yield b"}"
@@ -257,7 +258,8 @@ def _encoded_sections(place: SnapshotPath, node: Snapshot, data: bytes | None) -
         for start in range(0, len(view), _ENCODED_BYTES):
             if start:
                 yield b","
-            yield encode_integers(bytes(view[start : start + _ENCODED_BYTES]))
+            end = min(start + _ENCODED_BYTES, len(view))
+            yield encode_integers(bytes_at(view, start, end))
         yield b"]"
         for key, value in _members(others.get(id, b"{}"), place).items():
             if key not in ("id", "snapshot"):
