@@ -696,7 +696,8 @@ from vmmig.formats.cloud_hypervisor import SEED_JSON
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 path = Path({str(path)!r})
-SEED_JSON.write(SEED_JSON.loads(b'{{"id":"","snapshots":{{}},"snapshot_data":{{}}}}'), path.with_name("x"))
+empty = SEED_JSON.loads(b'{{"id":"","snapshots":{{}},"snapshot_data":{{}}}}')
+SEED_JSON.write(empty, path.with_name("empty"))
 before = peak()
 vm = SEED_JSON.read(path)
 read = peak()
