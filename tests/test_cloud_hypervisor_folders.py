@@ -239,7 +239,7 @@ def object_of(draw: st.DrawFn, members: dict[str, str]) -> str:
 
 
 @st.composite
-def trees_of_today(draw: st.DrawFn, depth: int = 3) -> str:
+def trees_of_today(draw: st.DrawFn, depth: int = 2) -> str:
     names = draw(st.lists(st.sampled_from(["memory", "a", "é", "/"]), max_size=depth, unique=True))
     children = [f"{json.dumps(name)}: {draw(trees_of_today(depth=depth - 1))}" for name in names]
     members = {"snapshots": "{" + ",".join(children) + "}"}
@@ -254,7 +254,7 @@ def trees_of_today(draw: st.DrawFn, depth: int = 3) -> str:
 
 
 @st.composite
-def trees_of_2020(draw: st.DrawFn, id: str = "vm", depth: int = 3) -> str:
+def trees_of_2020(draw: st.DrawFn, id: str = "vm", depth: int = 2) -> str:
     names = draw(st.lists(st.sampled_from(["memory", "a", "é", "/"]), max_size=depth, unique=True))
     children = [
         f"{json.dumps(name)}: {draw(trees_of_2020(id=name, depth=depth - 1))}" for name in names
