@@ -37,6 +37,7 @@ _SETTLE_EACH_S = 0.005
 _RETRY_EACH_S = 0.2
 _FD = "vmmig-stream"
 _OVER = ("completed", "failed", "cancelled")
+_NOBODY = "Failed to connect"
 _CONNECTED = ("tcp:", "unix:", "vsock:")
 _SLACK_BYTES = 64 << 20
 
@@ -162,13 +163,8 @@ class Machine(UrlTransport):
             limits = {"max-bandwidth": _NO_LIMIT_BYTES_PER_S, "tls-creds": ""}
             with self._configured(defaults=limits, only=True), Capture() as capture:
                 try:
-                    self._monitor.execute("getfd", {"fdname": _FD}, fd=capture.fd)
-                    capture.handed_over()
-                    try:
-                        self._send(f"fd:{_FD}", progress, cancel, endless=self._runs_after)
-                    except MigratableError as error:
-                        self._forget_fd()
-                        raise capture.broken or error from error
+                    with self._handed_over(capture):
+                        self._send(f"fd:{_FD}", progress, cancel, converge=self._runs_after)
                 finally:
                     self._settle()
                 capture.finish()
@@ -197,13 +193,9 @@ class Machine(UrlTransport):
         with self._alone(RestoreError):
             self._must_wait()
             with self._configured(defaults={"tls-creds": ""}, only=True), Feed(snapshot) as feed:
-                try:
-                    self._monitor.execute("stop")
-                    self._monitor.execute("getfd", {"fdname": _FD}, fd=feed.fd)
-                    feed.handed_over()
+                self._monitor.execute("stop")
+                with self._handed_over(feed):
                     self._load(f"fd:{_FD}", progress, None)
-                except MigratableError as error:
-                    raise feed.broken or error from error
                 feed.finish()
 
     def migrate(
@@ -304,19 +296,19 @@ class Machine(UrlTransport):
         progress: Watch | None,
         cancel: CancelToken | None,
         *,
-        endless: bool = False,
+        converge: bool = False,
     ) -> MigrationStatistics:
         """Let QEMU send its stream.
 
         Args:
-            endless: Whether to pause a guest that writes to its RAM faster than it is sent.
+            converge: Whether to pause a guest that writes to its RAM faster than it is sent.
         """
         deadline_s = time.monotonic() + self._timeout_s
         while True:
             _refuse(cancel)
             self._monitor.execute("migrate", {"uri": url})
             try:
-                statistics = self._watch(progress, cancel, endless=endless)
+                statistics = self._watch(progress, cancel, converge=converge)
             except Disconnected:
                 raise
             except BaseException:
@@ -326,8 +318,7 @@ class Machine(UrlTransport):
                 return statistics
             _refuse(cancel)
             words = statistics.details.get("error-desc", f"the migration is {statistics.status}")
-            nobody = not statistics.transferred_bytes and "onnect" in words
-            if not nobody or not url.startswith(_CONNECTED) or time.monotonic() > deadline_s:
+            if not words.startswith(_NOBODY) or time.monotonic() > deadline_s:
                 raise MigratableError(words)
             self._monitor.wait(_RETRY_EACH_S)
 
@@ -361,7 +352,7 @@ class Machine(UrlTransport):
         progress: Watch | None,
         cancel: CancelToken | None,
         *,
-        endless: bool = False,
+        converge: bool = False,
         incoming: bool = False,
     ) -> MigrationStatistics:
         """Wait until a migration is over."""
@@ -381,9 +372,9 @@ class Machine(UrlTransport):
                 self._monitor.execute("migrate_cancel")
                 asked = True
             limit_bytes = 2 * statistics.ram_bytes + _SLACK_BYTES
-            if endless and statistics.transferred_bytes > limit_bytes:
+            if converge and statistics.transferred_bytes > limit_bytes:
                 self._monitor.execute("stop")
-                endless = False
+                converge = False
             self._monitor.wait(_LOOK_EACH_S)
 
     def _stop_migration(self) -> None:
@@ -413,9 +404,17 @@ class Machine(UrlTransport):
                 "-incoming defer, and has no machine yet, can take one"
             )
 
-    def _forget_fd(self) -> None:
-        with suppress(MigratableError):
-            self._monitor.execute("closefd", {"fdname": _FD})
+    @contextmanager
+    def _handed_over(self, stream: Capture | Feed) -> Iterator[None]:
+        """Within the context QEMU has its end of the stream under the name `_FD`."""
+        try:
+            self._monitor.execute("getfd", {"fdname": _FD}, fd=stream.fd)
+            stream.handed_over()
+            yield
+        except MigratableError as error:
+            with suppress(MigratableError):
+                self._monitor.execute("closefd", {"fdname": _FD})
+            raise stream.broken or error from error
 
     @contextmanager
     def _configured(
@@ -438,7 +437,7 @@ class Machine(UrlTransport):
         }
         parameters = self._monitor.execute("query-migrate-parameters")
         before = parameters | capabilities
-        wanted = {name: False for name in capabilities if only}
+        wanted: dict[str, object] = {name: False for name in capabilities if only}
         wanted |= {"events": True, **(defaults or {})}
         wanted = {name: value for name, value in wanted.items() if name in before}
         wanted |= settings or {}
