@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import sys
+from array import array
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 MFD_CLOEXEC, MFD_ALLOW_SEALING = 1, 2
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE = 1, 2, 4, 8
+
+_MAX_PIECES = 1024
 
 
 class _PyBuffer(ctypes.Structure):
@@ -73,6 +76,9 @@ def libc() -> Any:
     if os.name == "posix":
         library.madvise.argtypes = pointer, size, ctypes.c_int
         library.syscall.restype = ctypes.c_long
+    if hasattr(os, "pwritev"):
+        library.pwritev.argtypes = ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int64
+        library.pwritev.restype = ctypes.c_ssize_t
     return library
 
 
@@ -112,6 +118,44 @@ def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         if start < hole:
             yield start, hole
         start = hole
+
+
+def pwrite_pieces(
+    fd: int, address: int, *, count: int, piece_bytes: int, stride_bytes: int, offset: int
+) -> None:
+    """Write ``count`` pieces of memory, ``stride_bytes`` apart, one behind the other to a file.
+
+    Where memory cannot be read, for instance because the file that is mapped there shrank, it
+    raises and does not crash.
+
+    Raises:
+        OSError: They could not all be written.
+
+    >>> data = memoryview(b"-abc-def-")
+    >>> fd = os.memfd_create("example")
+    >>> where = address_of(data) + 1
+    >>> pwrite_pieces(fd, where, count=2, piece_bytes=3, stride_bytes=4, offset=1)
+    >>> os.pread(fd, 10, 0), os.close(fd)
+    (b'\\x00abcdef', None)
+    """
+    vector = array("Q", bytes(16 * min(count, _MAX_PIECES)))
+    vector[1::2] = array("Q", [piece_bytes]) * (len(vector) // 2)
+    where = vector.buffer_info()[0]
+    while count:
+        wanted = min(count, _MAX_PIECES)
+        end = address + wanted * stride_bytes
+        vector[: 2 * wanted : 2] = array("Q", range(address, end, stride_bytes))
+        written_bytes = libc().pwritev(fd, where, wanted, offset)
+        if written_bytes <= 0:
+            code = ctypes.get_errno() if written_bytes else errno.ENOSPC
+            if code == errno.EINTR:
+                continue
+            raise OSError(code, os.strerror(code))
+        # A piece that was cut is written again.
+        written = written_bytes // piece_bytes
+        count -= written
+        address += written * stride_bytes
+        offset += written * piece_bytes
 
 
 class FileMapping(mmap.mmap):

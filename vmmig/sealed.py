@@ -64,21 +64,57 @@ def sealed_copy(buffer: Buffer) -> memoryview:
         raise MigratableError(f"only contiguous bytes can be copied: {error}") from error
     if not hasattr(os, "memfd_create") or not view.nbytes:
         return memoryview(view.tobytes())
-    import fcntl
-
     try:
-        fd = os.memfd_create("vmmig-sealed", MFD_CLOEXEC | MFD_ALLOW_SEALING)
+        fd = create_unsealed(view.nbytes)
         try:
-            os.ftruncate(fd, view.nbytes)
             _fill(fd, view)
-            fcntl.fcntl(fd, F_ADD_SEALS, _SEALS)
-            return _mapped(fd, view.nbytes)
+            return seal(fd)
         finally:
             os.close(fd)
     except OSError as error:
         raise MigratableError(
             f"there is no room for a copy of {view.nbytes} bytes: {error}"
         ) from error
+
+
+def create_unsealed(length: int) -> int:
+    """The descriptor of a new memfd of ``length`` zero bytes, to be written to, then `seal`.
+
+    It is the caller's to close. Until something is written there, it takes no memory.
+
+    Raises:
+        OSError: There is no descriptor for it, or no file can be as long.
+
+    >>> fd = create_unsealed(5)
+    >>> os.pwrite(fd, b"value", 0), bytes(seal(fd)), os.close(fd)
+    (5, b'value', None)
+    """
+    fd = os.memfd_create("vmmig-sealed", MFD_CLOEXEC | MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, length)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def seal(fd: int) -> memoryview:
+    """Seal a memfd that `create_unsealed` made, and map it, read-only.
+
+    Its descriptor may be closed then. Nobody may have it mapped for writing.
+
+    Raises:
+        OSError: It cannot be sealed or mapped.
+
+    >>> fd = create_unsealed(4096)
+    >>> descriptor_of(seal(fd)) is not None, os.close(fd)
+    (True, None)
+    """
+    import fcntl
+
+    fcntl.fcntl(fd, F_ADD_SEALS, _SEALS)
+    length = os.fstat(fd).st_size
+    return _mapped(fd, length) if length else memoryview(b"")
 
 
 def descriptor_of(view: memoryview) -> tuple[int, int, int] | None:
@@ -160,7 +196,7 @@ def _fill(fd: int, view: memoryview) -> None:
     mapping = mmap.mmap(fd, view.nbytes) if huge else None
     if mapping is not None:
         mapping.madvise(mmap.MADV_HUGEPAGE)
-    for start, end in _spans(view):
+    for start, end in data_spans(view):
         for at in range(start, end, _PIECE_BYTES):
             piece = view[at : min(at + _PIECE_BYTES, end)]
             if piece[0] or piece[-1] or bytes(piece) != _ZEROS[: piece.nbytes]:
@@ -172,8 +208,16 @@ def _fill(fd: int, view: memoryview) -> None:
         mapping.close()
 
 
-def _spans(view: memoryview) -> Iterator[tuple[int, int]]:
-    """Where the view is no hole of a file: to read one would allocate it."""
+def data_spans(view: memoryview) -> Iterator[tuple[int, int]]:
+    """The (start, end) of what is no hole in a view: to read a memfd's hole would allocate it.
+
+    Raises:
+        OSError: The file system does not say.
+
+    >>> fd = create_unsealed(8192)
+    >>> [*data_spans(seal(fd))], os.close(fd)
+    ([], None)
+    """
     if isinstance(view.obj, FileMapping):
         offset = address_of(view) - address_of(view.obj)
         for start, end in data_of(view.obj.fileno(), offset, offset + view.nbytes):

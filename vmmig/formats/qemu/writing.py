@@ -1,0 +1,158 @@
+"""A `Snapshot` that was a migration stream into the stream's bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from vmmig.errors import DecodeError, MigratableError, SnapshotError
+from vmmig.formats.qemu import wire
+from vmmig.formats.qemu.replay import RamWriter
+from vmmig.snapshot import Snapshot, raw_view
+
+_LAYOUT = "$.snapshot_data['stream']"
+_CHUNK_BYTES = 1 << 20
+_SHOWN = 8
+_KINDS = {
+    "start": wire.SECTION_START,
+    "part": wire.SECTION_PART,
+    "end": wire.SECTION_END,
+    "full": wire.SECTION_FULL,
+}
+
+
+def chunks(root: Snapshot) -> Iterator[bytes]:
+    """The stream's bytes, about 1 MiB at a time.
+
+    Raises:
+        MigratableError: The tree is no QEMU stream's, or has what a stream cannot carry; that
+            is said before the first chunk, except for damage of the layout.
+    """
+    parts = _layout(root)
+    ram = _ram_of(root, parts)
+    _refuse_strange(root, parts, ram)
+    return _joined(_pieces(root, parts, ram))
+
+
+def _layout(root: Snapshot) -> list[dict[str, Any]]:
+    data = bytes(raw_view(root.section("stream").snapshot))
+    try:
+        layout = json.loads(data)
+        if layout["layout"] != 1:
+            raise ValueError(f"its version is {layout['layout']}; only 1 is known")
+        parts = layout["parts"]
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise ValueError("it has no list of parts")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DecodeError(f"the stream's layout is damaged: {error!r}", where=_LAYOUT) from error
+    return parts
+
+
+def _ram_of(root: Snapshot, parts: list[dict[str, Any]]) -> RamWriter | None:
+    for part in parts:
+        if part.get("blocks") is not None:
+            earlier = root.snapshot_data.get("stream-earlier-pages")
+            return RamWriter(
+                root.find("ram"),
+                part,
+                raw_view(root.section("stream-runs").snapshot),
+                raw_view(earlier.snapshot if earlier else b""),
+            )
+    return None
+
+
+def _refuse_strange(root: Snapshot, parts: list[dict[str, Any]], ram: RamWriter | None) -> None:
+    """Raise if the tree has what would be lost."""
+    known = {("stream",), ("configuration", "state")}
+    for part in parts:
+        if part.get("part") in ("vmdesc", "trailing"):
+            known.add((part["part"],))
+        elif "child" in part:
+            known.add((part["child"], part.get("section", "state")))
+    if ram is not None:
+        known |= {("stream-runs",), ("stream-earlier-pages",)}
+        known |= {("ram", name) for name in ram.sections}
+    strange = [f"$.snapshot_data[{id!r}]" for id in root.snapshot_data if (id,) not in known]
+    for name, node in root.snapshots.items():
+        place = f"$.snapshots[{name!r}]"
+        for id in node.snapshot_data:
+            if (name, id) not in known:
+                strange.append(f"{place}.snapshot_data[{id!r}]")
+        strange += [f"{place}.snapshots[{id!r}]" for id in node.snapshots]
+        if not node.snapshot_data and not node.snapshots and name != "ram":
+            strange.append(place)
+    if strange:
+        more = f", and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
+        raise SnapshotError(
+            "its stream has no place for " + ", ".join(strange[:_SHOWN]) + more + "; remove it"
+        )
+
+
+def _joined(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes]:
+    pending: list[bytes | memoryview] = []
+    size = 0
+    try:
+        for piece in pieces:
+            pending.append(piece)
+            size += len(piece)
+            if size >= _CHUNK_BYTES:
+                yield b"".join(pending)
+                pending, size = [], 0
+    except MigratableError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+        raise DecodeError(f"the stream's layout is damaged: {error!r}", where=_LAYOUT) from error
+    yield b"".join(pending)
+
+
+def _pieces(
+    root: Snapshot, parts: list[dict[str, Any]], ram: RamWriter | None
+) -> Iterator[bytes | memoryview]:
+    yield wire.MAGIC + wire.VERSION.to_bytes(4, "big")
+    for part in parts:
+        kind = part["part"]
+        if kind == "configuration":
+            yield bytes((wire.CONFIGURATION,))
+            yield _payload(root, "configuration", "state")
+        elif kind == "command":
+            data = bytes.fromhex(part["data"])
+            yield bytes((wire.COMMAND,)) + part["command"].to_bytes(2, "big")
+            yield len(data).to_bytes(2, "big") + data
+        elif kind == "eof":
+            yield bytes((wire.EOF,))
+        elif kind == "vmdesc":
+            description = raw_view(root.section("vmdesc").snapshot)
+            yield bytes((wire.DESCRIPTION,)) + len(description).to_bytes(4, "big")
+            yield description
+        elif kind == "trailing":
+            yield raw_view(root.section("trailing").snapshot)
+        elif kind == "rest":
+            yield _payload(root, part["child"], "state")
+        else:
+            yield _header(_KINDS[kind], part)
+            if "child" in part:
+                yield _payload(root, part["child"], part.get("section", "state"))
+            elif ram is None:
+                raise ValueError("RAM goes on, but has not begun")
+            else:
+                if kind == "start":
+                    yield ram.blocks_list()
+                yield from ram.records(part["runs"])
+            if part["footer"]:
+                yield bytes((wire.FOOTER,)) + part["id"].to_bytes(4, "big")
+    if ram is not None:
+        ram.check_all_written()
+
+
+def _header(kind: int, part: dict[str, Any]) -> bytes:
+    header = bytes((kind,)) + part["id"].to_bytes(4, "big")
+    if kind in (wire.SECTION_START, wire.SECTION_FULL):
+        name = part["name"].encode("ascii")
+        header += bytes((len(name),)) + name
+        header += part["instance"].to_bytes(4, "big") + part["version"].to_bytes(4, "big")
+    return header
+
+
+def _payload(root: Snapshot, child: str, section: str) -> memoryview:
+    return raw_view(root.find([child]).section(section).snapshot)
