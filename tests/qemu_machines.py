@@ -8,9 +8,8 @@ import select
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -93,7 +92,10 @@ class Qemu:
             )
         os.close(output)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
         os.close(self._output)
@@ -132,27 +134,16 @@ def numbers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"count (\d+)\r?\n", text)]
 
 
-@contextmanager
-def linux(folder: Path) -> Iterator[Qemu]:
+def linux(folder: Path) -> Qemu:
     """A machine that boots."""
-    image = kernel()
-    if (missing := requirements()) or image is None:
+    if missing := requirements():
         absent = pytest.fail if os.environ.get("CI") else pytest.skip
-        absent(str(missing))
+        absent(missing)
     (folder / "initrd").write_bytes(initramfs())
-    options = f"-kernel {image} -initrd {folder}/initrd -append"
-    qemu = Qemu(folder / "vm.qmp", *options.split(), "console=ttyS0 quiet mitigations=off")
-    try:
-        yield qemu
-    finally:
-        qemu.close()
+    options = f"-kernel {kernel()} -initrd {folder}/initrd -append"
+    return Qemu(folder / "vm.qmp", *options.split(), "console=ttyS0 quiet mitigations=off")
 
 
-@contextmanager
-def waiting(qmp: Path, *arguments: str) -> Iterator[Qemu]:
+def waiting(qmp: Path, *arguments: str) -> Qemu:
     """A machine of the same devices that waits for its state."""
-    qemu = Qemu(qmp, "-incoming", "defer", *arguments)
-    try:
-        yield qemu
-    finally:
-        qemu.close()
+    return Qemu(qmp, "-incoming", "defer", *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import socket
@@ -245,7 +246,10 @@ def test_a_machine_that_cannot_be_saved_says_why_and_runs_on(host: Host) -> None
     _, machine = host.waiting("-device", "amd-iommu")
     with pytest.raises(SnapshotError, match="it waits for a machine"):
         machine.snapshot()
-    with Qemu(host.folder / "odd.qmp", "-device", "amd-iommu") as qemu, Machine(qemu.qmp) as machine:
+    with (
+        Qemu(host.folder / "odd.qmp", "-device", "amd-iommu") as qemu,
+        Machine(qemu.qmp) as machine,
+    ):
         with pytest.raises(SnapshotError, match="qemu: State blocked by non-migratable") as caught:
             machine.snapshot()
         assert caught.value.component_path == "qemu"
@@ -268,10 +272,10 @@ def test_what_is_no_state_of_a_qemu_is_refused_before_qemu_sees_it(host: Host) -
 
 
 def test_a_qemu_of_other_devices_ends_and_the_error_says_so(host: Host, saved: Saved) -> None:
-    qemu, machine = host.waiting("-device", "pvpanic")
+    qemu, machine = host.waiting("-machine", "hpet=off")
     with pytest.raises(RestoreError, match="its standard error says why"):
         machine.restore(vmmig.recv(saved.path))
-    assert qemu.errors()
+    assert "hpet" in qemu.errors()
     with pytest.raises(PauseError):
         machine.pause()
 
@@ -333,7 +337,7 @@ def test_nobody_at_the_destination(host: Host) -> None:
         token = vmmig.CancelToken()
         with pytest.raises(MigrationAborted, match="vm: cancelled"):
             machine.migrate(host.url(), cancel=token, progress=lambda _: token.cancel())
-        with pytest.raises(MigrationAborted, match="vm: .*ftp"):
+        with pytest.raises(MigrationAborted, match="valid migration protocol"):
             machine.migrate("ftp:there")
     here.counts_on()
 
@@ -352,7 +356,7 @@ def test_a_destination_that_cannot_load_it_leaves_it_at_the_source(
     host: Host, pool: ThreadPoolExecutor
 ) -> None:
     here = host.running()
-    (there, machine), url = host.waiting("-device", "pvpanic"), host.url()
+    (there, machine), url = host.waiting("-machine", "hpet=off"), host.url()
     receiving = pool.submit(machine.receive, url)
     with pytest.raises(MigrationAborted):
         here.machine.migrate(url)
@@ -381,7 +385,7 @@ def test_settings_by_qemus_names(host: Host, pool: ThreadPoolExecutor) -> None:
     before = settings(here.machine)
     with pytest.raises(MigrationAborted, match="'warp-factor' is unexpected"):
         here.machine.migrate(url, settings={"multifd": True, "warp-factor": 9})
-    with pytest.raises(MigrationAborted, match="[Ii]nvalid parameter"):
+    with pytest.raises(MigrationAborted, match=r"[Ii]nvalid parameter"):
         here.machine.migrate(url, settings={"multifd": "perhaps"})
     with pytest.raises(MigrationAborted, match="cannot be said to QEMU"):
         here.machine.migrate(url, settings={"downtime-limit": object()})
@@ -466,19 +470,24 @@ def test_nothing_is_left_open(host: Host) -> None:
     here.machine.close()
 
     def opened() -> int:
+        gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
     def in_qemu() -> int:
         return len(os.listdir(f"/proc/{here.qemu.process.pid}/fd"))
 
     threads, before, before_in_qemu = threading.active_count(), opened(), in_qemu()
+    token = vmmig.CancelToken()
+    token.cancel()
     for _ in range(3):
         with Machine(here.qemu.qmp) as machine:
             machine.snapshot()
-            token = vmmig.CancelToken()
             with pytest.raises(SnapshotError):
-                machine.snapshot(cancel=token, progress=lambda _: token.cancel())
-    assert (threading.active_count(), opened()) == (threads, before)
+                machine.snapshot(cancel=token)
+            with pytest.raises(SnapshotError):
+                machine.snapshot(progress=lambda _: 1 // 0)
+    assert threading.active_count() == threads
+    assert opened() <= before
     assert in_qemu() <= before_in_qemu
 
 

@@ -71,7 +71,7 @@ class Monitor:
         """End the connection; QEMU goes on. To close it again does nothing."""
         if self._loop.is_closed():
             return
-        with suppress(MigratableError, QMPError, OSError, EOFError):
+        with suppress(Exception):
             self._run(self._client.disconnect(), "the end of the connection")
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -113,18 +113,17 @@ class Monitor:
         if self._loop.is_closed():
             coroutine.close()
             raise Disconnected(f"the connection to {self.path!r} is closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        limited = asyncio.wait_for(coroutine, self._timeout_s)
+        future = asyncio.run_coroutine_threadsafe(limited, self._loop)
         try:
-            return future.result(self._timeout_s)
+            return future.result()
         except ExecuteError as error:
             raise MigratableError(error) from error
         except (TypeError, ValueError) as error:
             raise MigratableError(f"this cannot be said to QEMU: {error}") from error
+        except TimeoutError as error:
+            raise Disconnected(f"QEMU has not given {what} within {self._timeout_s:g} s") from error
         except (QMPError, OSError, EOFError) as error:
-            if isinstance(error, TimeoutError) and not future.done():
-                raise Disconnected(
-                    f"QEMU has not given {what} within {self._timeout_s:g} s"
-                ) from error
             raise Disconnected(f"QEMU has not given {what}: {_root(error)}") from error
         finally:
             future.cancel()

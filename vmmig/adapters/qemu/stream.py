@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from vmmig.errors import MigratableError
-from vmmig.snapshot import Snapshot, SnapshotDataSection
+from vmmig.formats.qemu import chunks, read_stream
+from vmmig.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -50,7 +52,7 @@ class _Stream:
 
     @property
     def broken(self) -> MigratableError | None:
-        """Why the thread ended before QEMU did, if it did so for its own reasons."""
+        """Why the thread has ended, if not because QEMU did."""
         return self._error if isinstance(self._error, MigratableError) else None
 
     def __enter__(self) -> Self:
@@ -96,25 +98,41 @@ class Capture(_Stream):
 
     snapshot: Snapshot
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended = False
+
+    def readinto(self, view: memoryview) -> int:
+        """Read as much as there is; 0 is the end."""
+        count = self._near.recv_into(view)
+        self._ended = not count
+        return count
+
+    @property
+    def broken(self) -> MigratableError | None:
+        """Why the thread has ended, if not because QEMU did."""
+        return None if self._ended else super().broken
+
     def _move(self) -> None:
-        with self._near.makefile("rb") as file:
-            self.snapshot = Snapshot("qemu")
-            self.snapshot.add_data_section(SnapshotDataSection("stream", file.read()))
+        self.snapshot = read_stream(self)
 
 
 class Feed(_Stream):
     """Writes a snapshot to where QEMU reads.
 
-    >>> with Feed(Snapshot("no machine")) as feed:
-    ...     feed.finish()
+    Raises:
+        MigratableError: It is not the snapshot of a stream.
+
+    >>> Feed(Snapshot("dice"))
     Traceback (most recent call last):
-    vmmig.errors.RestoreError: ...
+    vmmig.errors.RestoreError: ... snapshot 'dice' has no section 'stream' (it has none)
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
+        following = chunks(snapshot)
+        self._chunks = chain([next(following)], following)
         super().__init__()
-        self._snapshot = snapshot
 
     def _move(self) -> None:
-        (stream,) = self._snapshot.take("stream")
-        self._near.sendall(stream)
+        for chunk in self._chunks:
+            self._near.sendall(chunk)

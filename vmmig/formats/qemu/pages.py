@@ -55,9 +55,7 @@ def plain_records(first: int, pages: memoryview, page_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def count_zero_records(
-    view: memoryview, at: int, first: int, most: int, page_bytes: int
-) -> int:
+def count_zero_records(view: memoryview, at: int, first: int, most: int, page_bytes: int) -> int:
     """How many records of zero pages stand at ``at``, the first of them with header ``first``.
 
     >>> count_zero_records(memoryview(zero_records(0x22, 5, 4096)), 0, 0x22, 9, 4096)
@@ -76,9 +74,7 @@ def count_zero_records(
     return total
 
 
-def count_plain_records(
-    view: memoryview, at: int, first: int, most: int, page_bytes: int
-) -> int:
+def count_plain_records(view: memoryview, at: int, first: int, most: int, page_bytes: int) -> int:
     """How many records of plain pages stand at ``at``, the first of them with header ``first``.
 
     >>> records = plain_records(0x28, memoryview(bytes(5 * 4096)), 4096)

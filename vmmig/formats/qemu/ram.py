@@ -194,9 +194,7 @@ class RamReader:
                 raise damaged(begin, "the first page names no RAM block")
             page = header // page_bytes
             if page >= block.length // page_bytes:
-                raise damaged(
-                    begin, f"page {page} is beyond the end of RAM block {block.name!r}"
-                )
+                raise damaged(begin, f"page {page} is beyond the end of RAM block {block.name!r}")
             try:
                 self._run(block, kind, header, page)
             except (OSError, MemoryError, ValueError, OverflowError) as error:
