@@ -120,6 +120,20 @@ def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         start = hole
 
 
+def zeroed(length: int) -> mmap.mmap:
+    """As many zero bytes; what is not written to takes no memory, even if it is read.
+
+    Raises:
+        OSError: There cannot be as many.
+
+    >>> zeroed(3)[:]
+    b'\\x00\\x00\\x00'
+    """
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, length)
+
+
 def pwrite_pieces(
     fd: int, address: int, *, count: int, piece_bytes: int, stride_bytes: int, offset: int
 ) -> None:

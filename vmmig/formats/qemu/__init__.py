@@ -105,7 +105,7 @@ def read_stream(stream: ReadableStream) -> Snapshot:
     return Reader(wire.Window(memoryview(b""), readinto)).snapshot()
 
 
-def chunks(snapshot: Snapshot) -> Iterator[bytes]:
+def chunks(snapshot: Snapshot) -> Iterator[bytes | memoryview]:
     """The bytes of a snapshot's stream, about 1 MiB at a time.
 
     The devices' states and the pages of RAM may have changed since it was read. It is the

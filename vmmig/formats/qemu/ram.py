@@ -6,12 +6,11 @@ import mmap
 import os
 import sys
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import attrs
 
-from vmmig._native import pwrite_pieces
+from vmmig._native import pwrite_pieces, zeroed
 from vmmig.errors import DecodeError
 from vmmig.formats.qemu import pages
 from vmmig.formats.qemu.wire import (
@@ -28,12 +27,14 @@ from vmmig.formats.qemu.wire import (
     damaged,
 )
 from vmmig.sealed import create_unsealed, seal
+from vmmig.snapshot import Buffer
 
 RAM_VERSION = 4
 
 _UNSEEN, _ZERO, _PLAIN = 0, 1, 2
-_MAX_BLOCKS = 1 << 16
-_MAX_BLOCK_BYTES = 1 << 46
+_MAX_BLOCKS = 1 << 12
+_MAX_BLOCK_BYTES = 1 << 44
+_SPARSE_FROM_BYTES = 1 << 16
 _SHARED_FROM_BYTES = 1 << 20
 _COPY_BYTES = 1 << 20
 _REFUSED = {
@@ -48,12 +49,13 @@ class _Store:
     """Bytes that begin as zeros and are written by pieces: shared memory, or private if small."""
 
     def __init__(self, length: int, *, shared: bool) -> None:
+        # A small stream must not take much memory by naming much of it.
         shared = shared and hasattr(os, "memfd_create") and sys.maxsize > 1 << 32
         self._fd = create_unsealed(length) if shared else -1
         self._private: bytearray | mmap.mmap = bytearray()
         if not shared:
-            sparse = length >= _SHARED_FROM_BYTES
-            self._private = mmap.mmap(-1, length) if sparse else bytearray(length)
+            sparse = length >= _SPARSE_FROM_BYTES
+            self._private = zeroed(length) if sparse else bytearray(length)
 
     def put(self, window: Window, at: int, count: int, piece_bytes: int, offset: int) -> None:
         """``count`` pieces, 8 bytes apart, of the window's bytes from ``at`` on."""
@@ -114,6 +116,12 @@ class Block:
     extra: int | None = None
     store: _Store | None = None
     state: Any = None
+
+    def finish(self) -> Buffer | None:
+        """What it holds in the end; None if no page of it came."""
+        if self.store is not None:
+            return self.store.finish()
+        return None if self.state is None else memoryview(zeroed(self.length)).toreadonly()
 
 
 class RamReader:
@@ -207,8 +215,7 @@ class RamReader:
     def _run(self, block: Block, kind: int, header: int, page: int) -> None:
         window, page_bytes = self._window, self._page_bytes
         if block.state is None:
-            block.store = _Store(block.length, shared=block.length >= _SHARED_FROM_BYTES)
-            block.state = mmap.mmap(-1, block.length // page_bytes)
+            block.state = zeroed(block.length // page_bytes)
         following = (header | CONTINUE) + page_bytes
         most = block.length // page_bytes - page - 1
         if kind == ZERO:
@@ -228,7 +235,8 @@ class RamReader:
                 window.view, window.at, following, most, page_bytes
             )
             self._replace(block, page, count, _PLAIN)
-            assert block.store is not None
+            if block.store is None:
+                block.store = _Store(block.length, shared=block.length >= _SHARED_FROM_BYTES)
             block.store.put(window, begin, count, page_bytes, page * page_bytes)
             window.at += (page_bytes + 8) * (count - 1)
         self._note(header, count)
@@ -255,11 +263,11 @@ class RamReader:
     def _replace(self, block: Block, page: int, count: int, kind: int) -> None:
         """Note what these pages are now; keep those that they were."""
         state, page_bytes, end = block.state, self._page_bytes, page + count
-        assert block.store is not None
         at = state.find(b"\x02", page, end)
         while at >= 0:
             part = state[at : min(end, at + _COPY_BYTES // page_bytes)]
             stop = at + len(part) - len(part.lstrip(b"\x02"))
+            assert block.store is not None
             data = block.store.get(at * page_bytes, (stop - at) * page_bytes)
             if self.earlier is None:
                 self.earlier = _Store(0, shared=True)

@@ -49,7 +49,7 @@ class Reader:
         self._root = Snapshot("qemu")
         self._ram_id: int | None = None
         self._ram: RamReader | None = None
-        self._others: dict[int, tuple[str, int]] = {}
+        self._others: dict[int, tuple[str, bytearray]] = {}
         self._footers: bool | None = None
         self._parts: list[dict[str, Any]] = []
         self._described: dict[tuple[str, int], dict[str, Any]] = {}
@@ -69,6 +69,9 @@ class Reader:
                 pass
             self._tail()
             self._finish_ram()
+            for child, state in self._others.values():
+                node = self._root.snapshots[child]
+                node.add_data_section(SnapshotDataSection("state", bytes(state)))
         except (OSError, MemoryError) as error:
             raise DecodeError(error, where=f"byte {self._window.offset}") from error
         finally:
@@ -154,7 +157,7 @@ class Reader:
             part |= {"page_bytes": self._page_bytes, "blocks": blocks}
             self._add_ram_part("start", part)
         else:
-            self._others[id] = (self._new_child(name, part["instance"]), 0)
+            self._others[id] = self._new_child(name, part["instance"]), bytearray()
             self._opaque("start", part)
 
     def _go_on(self, begin: int, kind: str) -> None:
@@ -176,16 +179,13 @@ class Reader:
     def _opaque(self, kind: str, part: dict[str, Any]) -> None:
         """A section of no known layout, up to its footer, without which its end is unknown."""
         window, id = self._window, part["id"]
-        child, count = self._others[id]
-        self._others[id] = child, count + 1
+        child, state = self._others[id]
         begin = window.offset
         length = self._length_by_footer(id)
         if length is None:
             raise damaged(begin, f"where this section of {child!r} ends cannot be known")
-        section = f"{count:06d}"
-        data = window.take(length, f"section {id}")
-        self._root.find([child]).add_data_section(SnapshotDataSection(section, data))
-        self._footer({"part": kind, **part, "child": child, "section": section})
+        state += window.take(length, f"section {id}")
+        self._footer({"part": kind, **part, "child": child, "bytes": length})
 
     def _footer(self, part: dict[str, Any]) -> None:
         """Behind a section: its footer, if this stream has footers."""
@@ -261,7 +261,7 @@ class Reader:
             return False
         end = window.at + length
         if self._footers is False:
-            return window.view[end : end + 1] in (b"\x00", b"\x04", b"\x08")
+            return window.view[end : end + 1].tolist() in ([EOF], [SECTION_FULL], [COMMAND])
         return window.view[end : end + 5] == bytes((FOOTER,)) + id.to_bytes(4, "big")
 
     def _hold_rest(self) -> None:
@@ -316,8 +316,8 @@ class Reader:
             )
         node = Snapshot("ram")
         for block in ram.blocks:
-            if block.store is not None:
-                node.add_data_section(SnapshotDataSection(block.name, block.store.finish()))
+            if (held := block.finish()) is not None:
+                node.add_data_section(SnapshotDataSection(block.name, held))
         self._root.add_snapshot(node)
         runs = ram.runs
         if sys.byteorder == "big":

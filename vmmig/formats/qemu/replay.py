@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import re
 import sys
 from array import array
 from bisect import bisect_right
@@ -14,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from vmmig._native import address_of, libc
+from vmmig._native import address_of, libc, zeroed
 from vmmig.errors import DecodeError, SnapshotError
 from vmmig.formats.qemu import pages
 from vmmig.formats.qemu.wire import CONTINUE, END_OF_SECTION, MEM_SIZE, PAGE, ZERO
@@ -129,7 +127,7 @@ class RamWriter:
                 )
             block.address = address_of(block.view)
             block.data = [*data_spans(block.view)]
-            block.sent = mmap.mmap(-1, block.length // self._page_bytes)
+            block.sent = zeroed(block.length // self._page_bytes)
         if kind not in (ZERO, PAGE) or not page < end <= len(block.sent):
             raise ValueError(f"run {run} is not possible")
         block.again = block.again or block.sent.find(b"\x01", page, end) >= 0
@@ -139,7 +137,7 @@ class RamWriter:
         """Which plain pages of which runs are among the earlier versions, and where."""
         for block in self._blocks:
             if block.again:
-                block.last_run = memoryview(mmap.mmap(-1, 4 * len(block.sent))).cast("I")
+                block.last_run = memoryview(zeroed(4 * len(block.sent))).cast("I")
         place = 0
         for run in range(len(self._runs) // 2):
             block, _, page, end, _ = self._numbers(run)
@@ -156,12 +154,16 @@ class RamWriter:
     def _check_unsent(self, block: _Block) -> None:
         if block.view is None:
             return
-        for gap in re.finditer(rb"\0+", block.sent):
-            if not self._is_zero(block, gap.start(), gap.end()):
+        start = block.sent.find(b"\0")
+        while start >= 0:
+            end = block.sent.find(b"\1", start)
+            end = len(block.sent) if end < 0 else end
+            if not self._is_zero(block, start, end):
                 raise SnapshotError(
-                    f"in RAM block {block.name!r}, a page between {gap.start()} and {gap.end()} "
-                    "is not zero, but its stream has no place for it"
+                    f"in RAM block {block.name!r}, a page from {start} to {end - 1} is not zero, "
+                    "but its stream has no place for it"
                 )
+            start = block.sent.find(b"\0", end)
 
     def _run(self, run: int) -> Iterator[bytes | memoryview]:
         block, kind, page, end, header = self._numbers(run)
@@ -194,10 +196,7 @@ class RamWriter:
                 yield pages.zero_records(header, count, size)
             else:
                 start = (first - page) * size
-                numbers = pages.headers(header, count, size)
-                for i in range(count):
-                    yield numbers[8 * i : 8 * i + 8]
-                    yield data[start + i * size : start + i * size + size]
+                yield pages.plain_records(header, data[start : start + count * size], size)
 
     def _sources(
         self, block: _Block, kind: int, run: int, page: int, end: int
@@ -205,10 +204,8 @@ class RamWriter:
         """The bytes of a run's pages: how many, and from where; None for zeros."""
         view, size = block.view, self._page_bytes
         assert view is not None
-        newest = not block.again
-        if not newest:
-            last = block.last_run[page:end].tolist()
-            newest = last.count(run + 1) == end - page
+        last = block.last_run[page:end].tolist() if block.again else []
+        newest = last.count(run + 1) == len(last)
         if newest and kind == PAGE:
             yield end - page, view[page * size : end * size]
         elif newest and self._is_zero(block, page, end):
@@ -228,10 +225,9 @@ class RamWriter:
         view, begin, stop = block.view, page * self._page_bytes, end * self._page_bytes
         assert view is not None
         i = bisect_right(block.data, begin, key=itemgetter(1))
-        for start, data_end in block.data[i:]:
-            if start >= stop:
-                break
-            start, data_end = max(start, begin), min(data_end, stop)
+        while i < len(block.data) and block.data[i][0] < stop:
+            start, data_end = max(block.data[i][0], begin), min(block.data[i][1], stop)
+            i += 1
             where = block.address + start
             if view[start] or libc().memcmp(where, where + 1, data_end - start - 1):
                 return False

@@ -18,7 +18,7 @@ FOOTER = 0x7E
 ZERO, MEM_SIZE, PAGE, END_OF_SECTION, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
 DELTA, HOOK, COMPRESSED, MULTIFD_FLUSH = 0x40, 0x80, 0x100, 0x200
 
-_WINDOW_BYTES = 4 << 20
+_WINDOW_BYTES = 1 << 20
 MAX_KEPT_BYTES = 1 << 30
 _NUMBERS = {1: struct.Struct(">B"), 2: struct.Struct(">H"), 4: struct.Struct(">I")}
 _U64 = struct.Struct(">Q")

@@ -22,7 +22,7 @@ _KINDS = {
 }
 
 
-def chunks(root: Snapshot) -> Iterator[bytes]:
+def chunks(root: Snapshot) -> Iterator[bytes | memoryview]:
     """The stream's bytes, about 1 MiB at a time.
 
     Raises:
@@ -69,7 +69,7 @@ def _refuse_strange(root: Snapshot, parts: list[dict[str, Any]], ram: RamWriter 
         if part.get("part") in ("vmdesc", "trailing"):
             known.add((part["part"],))
         elif "child" in part:
-            known.add((part["child"], part.get("section", "state")))
+            known.add((part["child"], "state"))
     if ram is not None:
         known |= {("stream-runs",), ("stream-earlier-pages",)}
         known |= {("ram", name) for name in ram.sections}
@@ -89,11 +89,16 @@ def _refuse_strange(root: Snapshot, parts: list[dict[str, Any]], ram: RamWriter 
         )
 
 
-def _joined(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes]:
+def _joined(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
     pending: list[bytes | memoryview] = []
     size = 0
     try:
         for piece in pieces:
+            if len(piece) >= _CHUNK_BYTES // 4:
+                yield b"".join(pending)
+                pending, size = [], 0
+                yield piece
+                continue
             pending.append(piece)
             size += len(piece)
             if size >= _CHUNK_BYTES:
@@ -109,12 +114,13 @@ def _joined(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes]:
 def _pieces(
     root: Snapshot, parts: list[dict[str, Any]], ram: RamWriter | None
 ) -> Iterator[bytes | memoryview]:
+    done: dict[str, int] = {}
     yield wire.MAGIC + wire.VERSION.to_bytes(4, "big")
     for part in parts:
         kind = part["part"]
         if kind == "configuration":
             yield bytes((wire.CONFIGURATION,))
-            yield _payload(root, "configuration", "state")
+            yield _payload(root, "configuration")
         elif kind == "command":
             data = bytes.fromhex(part["data"])
             yield bytes((wire.COMMAND,)) + part["command"].to_bytes(2, "big")
@@ -128,11 +134,14 @@ def _pieces(
         elif kind == "trailing":
             yield raw_view(root.section("trailing").snapshot)
         elif kind == "rest":
-            yield _payload(root, part["child"], "state")
+            yield _payload(root, part["child"])
         else:
             yield _header(_KINDS[kind], part)
             if "child" in part:
-                yield _payload(root, part["child"], part.get("section", "state"))
+                state = _payload(root, part["child"])
+                if kind != "full":
+                    state = _next_of(state, part, done)
+                yield state
             elif ram is None:
                 raise ValueError("RAM goes on, but has not begun")
             else:
@@ -146,7 +155,7 @@ def _pieces(
 
 
 def _header(kind: int, part: dict[str, Any]) -> bytes:
-    header = bytes((kind,)) + part["id"].to_bytes(4, "big")
+    header: bytes = bytes((kind,)) + part["id"].to_bytes(4, "big")
     if kind in (wire.SECTION_START, wire.SECTION_FULL):
         name = part["name"].encode("ascii")
         header += bytes((len(name),)) + name
@@ -154,5 +163,14 @@ def _header(kind: int, part: dict[str, Any]) -> bytes:
     return header
 
 
-def _payload(root: Snapshot, child: str, section: str) -> memoryview:
-    return raw_view(root.find([child]).section(section).snapshot)
+def _next_of(state: memoryview, part: dict[str, Any], done: dict[str, int]) -> memoryview:
+    """The bytes of a section of a device that has several."""
+    start = done.get(part["child"], 0)
+    end = done[part["child"]] = start + part["bytes"]
+    if end > len(state) or (part["part"] == "end" and end != len(state)):
+        raise ValueError(f"the sections of {part['child']!r} have not {len(state)} bytes together")
+    return state[start:end]
+
+
+def _payload(root: Snapshot, child: str) -> memoryview:
+    return raw_view(root.find([child]).section("state").snapshot)
