@@ -60,7 +60,7 @@ class Machine(UrlTransport):
 
     >>> Machine("no-such.qmp")
     Traceback (most recent call last):
-    vmmig.errors.MigratableError: no QEMU answers at 'no-such.qmp' ...
+    vmmig.errors.MigratableError: qemu: no QEMU answers at 'no-such.qmp' ...
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class Machine(UrlTransport):
         self._runs_after = False
         self._held: Snapshot | None = None
         self._moved_to: str | None = None
-        self._monitor = Monitor(path, timeout_s=timeout_s)
+        with self._failing(MigratableError):
+            self._monitor = Monitor(path, timeout_s=timeout_s)
 
     def close(self) -> None:
         """End the connection; QEMU goes on as it is. To close it again does nothing."""
