@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import vmmig
 from tests import qemu_machines, s3_server
 from tests.qemu_machines import Qemu, linux, numbers, waiting
 from tests.test_readme import README
+from vmmig import formats
 from vmmig.errors import (
     MigratableError,
     MigrateReceiveError,
@@ -163,6 +164,9 @@ def test_linux_goes_on_from_a_file_with_the_next_number(booted: Qemu, tmp_path: 
         vmmig.send(snapshot, path)
         assert booted.read() == text
         assert vmmig.recv(path) == snapshot
+        cpu = formats.decode(snapshot, ("cpu",), "state")
+        assert cpu is not None
+        assert "env.eip" in cpu.fields
         assert machine.snapshot() == snapshot
         machine.resume()
         booted.counts_on()
@@ -248,6 +252,17 @@ def test_a_snapshot_that_is_ended_leaves_the_guest_running(host: Host, how: str)
     here.counts_on()
 
 
+def test_a_guest_that_writes_faster_than_it_is_saved_is_paused_for_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = host.running()
+    monkeypatch.setattr("vmmig.adapters.qemu.machine._SLACK_BYTES", -(1 << 40))
+    seen = []
+    here.machine.snapshot(progress=lambda _: seen.append(state(here.machine)))
+    assert "running" not in seen[1:]
+    here.counts_on()
+
+
 def test_a_machine_that_cannot_be_saved_says_why_and_runs_on(host: Host) -> None:
     _, machine = host.waiting("-device", "amd-iommu")
     with pytest.raises(SnapshotError, match="it waits for a machine"):
@@ -259,6 +274,7 @@ def test_a_machine_that_cannot_be_saved_says_why_and_runs_on(host: Host) -> None
         with pytest.raises(SnapshotError, match="qemu: State blocked by non-migratable") as caught:
             machine.snapshot()
         assert caught.value.component_path == "qemu"
+        assert caught.value.component_states == {"qemu": "running"}
         assert state(machine) == "running"
 
 
@@ -378,7 +394,48 @@ def test_a_source_that_is_lost_half_way_is_in_doubt(host: Host, pool: ThreadPool
     with pytest.raises(MigrationInDoubt) as caught:
         here.machine.migrate(url, settings=SLOW, progress=when_under_way(here.qemu.process.kill))
     assert caught.value.component_path == "qemu"
+    assert caught.value.component_states == {"qemu": "unknown"}
     assert isinstance(receiving.exception(), MigrateReceiveError)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "raised", "interrupted"])
+def test_what_comes_after_the_end_does_not_undo_it(
+    host: Host, pool: ThreadPoolExecutor, how: str
+) -> None:
+    here = host.running()
+    (there, machine), url, token = host.waiting(), host.url(), vmmig.CancelToken()
+
+    def too_late(statistics: MigrationStatistics) -> None:
+        if statistics.status != "completed":
+            return
+        elif how == "cancelled":
+            token.cancel()
+        elif how == "raised":
+            raise ZeroDivisionError
+        else:
+            raise KeyboardInterrupt
+
+    receiving = pool.submit(machine.receive, url)
+    with pytest.raises(KeyboardInterrupt) if how == "interrupted" else nullcontext():
+        here.machine.migrate(url, cancel=token, progress=too_late)
+    receiving.result()
+    with pytest.raises(ResumeError, match="must not run in both places"):
+        here.machine.resume()
+    with pytest.raises(SnapshotError, match="must not run in both places"):
+        here.machine.snapshot()
+    Running(there, machine, here.text + here.qemu.read()).counts_on()
+
+
+def test_a_paused_guest_moves_and_stays_paused(host: Host, pool: ThreadPoolExecutor) -> None:
+    here = host.running()
+    here.machine.pause()
+    (there, machine), url = host.waiting(), host.url()
+    receiving = pool.submit(machine.receive, url)
+    here.machine.migrate(url)
+    receiving.result()
+    assert state(machine) == "paused"
+    machine.resume()
+    Running(there, machine, here.text + here.qemu.read()).counts_on()
 
 
 def test_settings_by_qemus_names(host: Host, pool: ThreadPoolExecutor) -> None:

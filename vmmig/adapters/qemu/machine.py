@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from vmmig.adapters.qemu.monitor import Disconnected, Monitor
 from vmmig.adapters.qemu.statistics import MigrationStatistics
 from vmmig.adapters.qemu.stream import Capture, Feed
@@ -40,6 +42,34 @@ _OVER = ("completed", "failed", "cancelled")
 _NOBODY = "Failed to connect"
 _CONNECTED = ("tcp:", "unix:", "vsock:")
 _SLACK_BYTES = 64 << 20
+
+
+@attrs.define
+class _Attempt:
+    """What is known of a migration, whatever ends it.
+
+    Attributes:
+        begun: Whether QEMU was told to begin.
+        postcopy: Whether the guest may run at the destination without all of its RAM.
+        statistics: What QEMU said last.
+    """
+
+    begun: bool = False
+    postcopy: bool = False
+    statistics: MigrationStatistics | None = None
+
+    @property
+    def committed(self) -> bool:
+        """Whether all has been sent, and is at the destination."""
+        return self.statistics is not None and self.statistics.status == "completed"
+
+    @property
+    def words(self) -> str:
+        """Why QEMU failed."""
+        if self.statistics is None:
+            return "QEMU says nothing"
+        status, details = self.statistics.status, self.statistics.details
+        return str(details.get("error-desc", f"the migration is {status}"))
 
 
 class Machine(UrlTransport):
@@ -124,11 +154,7 @@ class Machine(UrlTransport):
             ResumeError: QEMU refuses, or the machine was moved away by `migrate`.
         """
         with self._failing(ResumeError):
-            if self._moved_to is not None:
-                raise ResumeError(
-                    f"it was moved to {self._moved_to!r} and must not run in both places; where it "
-                    "is certain that it is lost there, execute('cont') brings it back here"
-                )
+            self._refuse_moved()
             self._held = None
             self._monitor.execute("cont")
             self._runs_after = True
@@ -151,6 +177,7 @@ class Machine(UrlTransport):
         """
         with self._alone(SnapshotError):
             state = self._state()
+            self._refuse_moved()
             if state["status"] == "inmigrate":
                 raise SnapshotError("it waits for a machine, and has none yet")
             if state["status"] == "postmigrate":
@@ -165,7 +192,8 @@ class Machine(UrlTransport):
             with self._configured(defaults=limits, only=True), Capture() as capture:
                 try:
                     with self._handed_over(capture):
-                        self._send(f"fd:{_FD}", progress, cancel, converge=self._runs_after)
+                        url = f"fd:{_FD}"
+                        self._send(url, _Attempt(), progress, cancel, converge=self._runs_after)
                 finally:
                     self._settle()
                 capture.finish()
@@ -225,39 +253,32 @@ class Machine(UrlTransport):
             MigrationInDoubt: QEMU does not answer any more.
         """
         defaults = {"return-path": True} if destination_url.startswith(_CONNECTED) else {}
-        postcopy = False
-
-        def watch(statistics: MigrationStatistics) -> None:
-            nonlocal postcopy
-            postcopy |= statistics.status.startswith("postcopy")
-            if progress is not None:
-                progress(statistics)
-
         with self._alone(MigrationAborted):
             state = self._state()
-            if self._moved_to is not None or state["status"] in ("inmigrate", "postmigrate"):
+            self._refuse_moved()
+            if state["status"] in ("inmigrate", "postmigrate"):
                 raise MigrationAborted(
-                    f"QEMU cannot send a machine in the state {state['status']!r}"
+                    f"QEMU sends no machine that is in the state {state['status']!r}; resume() it"
                 )
             self._runs_after = state["running"]
+            attempt = _Attempt()
             try:
                 with self._configured(settings, defaults=defaults):
                     try:
-                        statistics = self._send(destination_url, watch, cancel)
-                    except Disconnected:
-                        raise
-                    except BaseException:
-                        if not postcopy:
+                        self._send(destination_url, attempt, progress, cancel)
+                    finally:
+                        if attempt.committed:
+                            self._moved_to = destination_url
+                        elif not attempt.postcopy:
                             self._settle()
-                        raise
-                    self._moved_to = destination_url
-                    return statistics
             except MigratableError as error:
-                if postcopy or isinstance(error, Disconnected):
+                if attempt.begun and (attempt.postcopy or isinstance(error, Disconnected)):
                     doubt = MigrationInDoubt(error)
                     doubt.component_path = self._id
                     raise doubt from error
                 raise
+            assert attempt.statistics is not None
+            return attempt.statistics
 
     def receive(
         self,
@@ -294,12 +315,15 @@ class Machine(UrlTransport):
     def _send(
         self,
         url: str,
+        attempt: _Attempt,
         progress: Watch | None,
         cancel: CancelToken | None,
         *,
         converge: bool = False,
-    ) -> MigrationStatistics:
+    ) -> None:
         """Let QEMU send its stream.
+
+        Once QEMU has completed it, it is done, even if it is cancelled or ``progress`` fails then.
 
         Args:
             converge: Whether to pause a guest that writes to its RAM faster than it is sent.
@@ -307,26 +331,29 @@ class Machine(UrlTransport):
         deadline_s = time.monotonic() + self._timeout_s
         while True:
             _refuse(cancel)
+            attempt.begun = True
             self._monitor.execute("migrate", {"uri": url})
             try:
-                statistics = self._watch(progress, cancel, converge=converge)
+                self._watch(attempt, progress, cancel, converge=converge)
             except Disconnected:
                 raise
-            except BaseException:
-                self._stop_migration()
-                raise
-            if statistics.status == "completed":
-                return statistics
+            except BaseException as error:
+                self._monitor.execute("migrate_cancel")
+                self._watch(attempt, None, None)
+                if not attempt.committed or not isinstance(error, Exception):
+                    raise
+            if attempt.committed:
+                return
             _refuse(cancel)
-            words = statistics.details.get("error-desc", f"the migration is {statistics.status}")
-            if not words.startswith(_NOBODY) or time.monotonic() > deadline_s:
-                raise MigratableError(words)
+            if not attempt.words.startswith(_NOBODY) or time.monotonic() > deadline_s:
+                raise MigratableError(attempt.words)
             self._monitor.wait(_RETRY_EACH_S)
 
     def _load(
         self, url: str, progress: Watch | None, cancel: CancelToken | None
     ) -> MigrationStatistics:
         """Let QEMU read a stream."""
+        attempt = _Attempt()
         arguments = {"uri": url}
         try:
             try:
@@ -337,36 +364,40 @@ class Machine(UrlTransport):
                 if "exit-on-error" not in str(error):
                     raise
                 self._monitor.execute("migrate-incoming", arguments)
-            statistics = self._watch(progress, cancel, incoming=True)
+            self._watch(attempt, progress, cancel, incoming=True)
         except Disconnected as error:
             raise MigratableError(
                 f"QEMU has ended while it loaded the stream ({error}); its standard error says why"
             ) from error
-        if statistics.status != "completed":
-            raise MigratableError(
-                statistics.details.get("error-desc", f"the migration is {statistics.status}")
-            )
-        return statistics
+        if not attempt.committed:
+            raise MigratableError(attempt.words)
+        assert attempt.statistics is not None
+        return attempt.statistics
 
     def _watch(
         self,
+        attempt: _Attempt,
         progress: Watch | None,
         cancel: CancelToken | None,
         *,
         converge: bool = False,
         incoming: bool = False,
-    ) -> MigrationStatistics:
+    ) -> None:
         """Wait until a migration is over."""
         asked = False
         while True:
             statistics = MigrationStatistics.of(self._monitor.execute("query-migrate"))
+            attempt.statistics = statistics
+            attempt.postcopy |= statistics.status.startswith("postcopy")
+            over = statistics.status in _OVER
             if progress is not None:
                 try:
                     progress(statistics)
                 except Exception as error:
-                    raise MigratableError(f"the progress callback failed: {error!r}") from error
-            if statistics.status in _OVER:
-                return statistics
+                    if not over:
+                        raise MigratableError(f"the progress callback failed: {error!r}") from error
+            if over:
+                return
             if cancel is not None and cancel.cancelled and not asked:
                 if incoming:
                     raise MigratableError("cancelled; QEMU still listens and can only be ended")
@@ -377,11 +408,6 @@ class Machine(UrlTransport):
                 self._monitor.execute("stop")
                 converge = False
             self._monitor.wait(_LOOK_EACH_S)
-
-    def _stop_migration(self) -> None:
-        with suppress(MigratableError):
-            self._monitor.execute("migrate_cancel")
-            self._watch(None, None)
 
     def _settle(self) -> None:
         """Once a migration is over: let the guest run, if it shall."""
@@ -396,6 +422,23 @@ class Machine(UrlTransport):
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = self._monitor.execute("query-status")
         return state
+
+    def _left(self) -> str:
+        """The state in which a failure has left the machine."""
+        try:
+            state = self._state()
+        except MigratableError:
+            return "unknown"
+        if state["status"] == "inmigrate":
+            return "as before"
+        return "running" if state["running"] else "paused"
+
+    def _refuse_moved(self) -> None:
+        if self._moved_to is not None:
+            raise MigratableError(
+                f"it was moved to {self._moved_to!r} and must not run in both places; where it is "
+                "certain that it is lost there, execute('cont') brings it back here"
+            )
 
     def _must_wait(self) -> None:
         state = self._state()
@@ -473,6 +516,9 @@ class Machine(UrlTransport):
                 raise kind("a migration or a snapshot of it is under way")
             try:
                 yield
+            except MigratableError as error:
+                error.component_states = {self._id: self._left()}
+                raise
             finally:
                 self._busy.release()
 
@@ -487,8 +533,10 @@ class Machine(UrlTransport):
             if isinstance(error, kind) and not isinstance(error, Disconnected):
                 error.component_path = error.component_path or self._id
                 raise
-            cause = error.cause if isinstance(error, (Disconnected, kind)) else error
-            raise kind(cause, component_path=self._id) from error
+            states = error.component_states if isinstance(error, MigratableError) else None
+            plain = type(error) in (MigratableError, Disconnected)
+            cause = error.cause if plain and isinstance(error, MigratableError) else error
+            raise kind(cause, component_path=self._id, component_states=states) from error
 
 
 def _copy(snapshot: Snapshot) -> Snapshot:
