@@ -337,6 +337,29 @@ def test_linux_moves_while_it_runs_after_a_move_that_was_cancelled(
         here.machine.migrate(url)
 
 
+@pytest.mark.parametrize("how", ["cancelled", "raised"])
+def test_at_the_last_moment_it_can_still_be_called_back(
+    host: Host, pool: ThreadPoolExecutor, how: str
+) -> None:
+    here = host.running()
+    (there, machine), url, token = host.waiting(), host.url(), vmmig.CancelToken()
+
+    def late(statistics: MigrationStatistics) -> None:
+        if statistics.status == "pre-switchover":
+            assert not here.machine.execute("query-status")["running"]
+            token.cancel()
+            if how == "raised":
+                raise ZeroDivisionError
+
+    receiving = pool.submit(machine.receive, url)
+    with pytest.raises(MigrationAborted):
+        here.machine.migrate(url, progress=late, cancel=token if how == "cancelled" else None)
+    assert token.cancelled
+    assert isinstance(receiving.exception(), MigrateReceiveError)
+    assert there.read() == ""
+    here.counts_on()
+
+
 def test_the_destination_can_be_later_and_can_keep_it_paused(
     host: Host, pool: ThreadPoolExecutor
 ) -> None:

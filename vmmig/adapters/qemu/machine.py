@@ -50,11 +50,17 @@ class _Attempt:
 
     Attributes:
         begun: Whether QEMU was told to begin.
+        switches: Whether, when the guest stands still and its state is about to be sent, QEMU
+            waits for being told so here.
+        switched: Whether it was told. From then on the destination may have the guest, and no
+            cancellation could call it back.
         postcopy: Whether the guest may run at the destination without all of its RAM.
         statistics: What QEMU said last.
     """
 
     begun: bool = False
+    switches: bool = False
+    switched: bool = False
     postcopy: bool = False
     statistics: MigrationStatistics | None = None
 
@@ -252,7 +258,10 @@ class Machine(UrlTransport):
             MigrationAborted: It did not happen, in QEMU's words; the guest is here, as it was.
             MigrationInDoubt: QEMU does not answer any more.
         """
-        defaults = {"return-path": True} if destination_url.startswith(_CONNECTED) else {}
+        defaults = {
+            "return-path": destination_url.startswith(_CONNECTED),
+            "pause-before-switchover": True,
+        }
         with self._alone(MigrationAborted):
             state = self._state()
             self._refuse_moved()
@@ -261,7 +270,7 @@ class Machine(UrlTransport):
                     f"QEMU sends no machine that is in the state {state['status']!r}; resume() it"
                 )
             self._runs_after = state["running"]
-            attempt = _Attempt()
+            attempt = _Attempt(switches="pause-before-switchover" not in (settings or {}))
             try:
                 with self._configured(settings, defaults=defaults):
                     try:
@@ -297,7 +306,9 @@ class Machine(UrlTransport):
             source_url: Where to listen: ``tcp:host:port``, ``unix:/path``, or whatever else this
                 QEMU knows.
             settings: As for `migrate`; both sides must agree.
-            resume: Whether the guest runs on at once, if it ran at the source.
+            resume: Whether the guest runs on at once, if it ran at the source. If not, and
+                `resume` is called once `migrate` has returned, it never runs in both places,
+                even if the network fails in the very moment between.
             progress: Is called with `MigrationStatistics`, about 20 times a second.
             cancel: Ends the waiting with an error. QEMU still listens then, until it is ended.
 
@@ -338,7 +349,9 @@ class Machine(UrlTransport):
             except Disconnected:
                 raise
             except BaseException as error:
-                self._monitor.execute("migrate_cancel")
+                if not attempt.switched:
+                    attempt.switches = False
+                    self._monitor.execute("migrate_cancel")
                 self._watch(attempt, None, None)
                 if not attempt.committed or not isinstance(error, Exception):
                     raise
@@ -394,20 +407,34 @@ class Machine(UrlTransport):
                 try:
                     progress(statistics)
                 except Exception as error:
-                    if not over:
+                    if not over and not attempt.switched:
                         raise MigratableError(f"the progress callback failed: {error!r}") from error
             if over:
                 return
-            if cancel is not None and cancel.cancelled and not asked:
+            if cancel is not None and cancel.cancelled and not asked and not attempt.switched:
                 if incoming:
                     raise MigratableError("cancelled; QEMU still listens and can only be ended")
                 self._monitor.execute("migrate_cancel")
                 asked = True
+            elif (
+                statistics.status == "pre-switchover" and attempt.switches and not attempt.switched
+            ):
+                self._switch(attempt)
             limit_bytes = 2 * statistics.ram_bytes + _SLACK_BYTES
             if converge and statistics.transferred_bytes > limit_bytes:
                 self._monitor.execute("stop")
                 converge = False
             self._monitor.wait(_LOOK_EACH_S)
+
+    def _switch(self, attempt: _Attempt) -> None:
+        attempt.switched = True
+        try:
+            self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
+        except Disconnected:
+            raise
+        except MigratableError:
+            attempt.switched = False
+            raise
 
     def _settle(self) -> None:
         """Once a migration is over: let the guest run, if it shall."""
