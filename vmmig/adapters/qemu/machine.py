@@ -134,14 +134,21 @@ class Machine(UrlTransport):
         """The component's id."""
         return self._id
 
-    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+    def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, fd: int | None = None
+    ) -> Any:
         """What QEMU answers to a QMP command; for what is not a method here.
+
+        Args:
+            command: Its name.
+            arguments: Its arguments.
+            fd: A descriptor that goes with it, for ``getfd`` and ``add-fd``.
 
         Raises:
             MigratableError: QEMU refuses it, in its own words, or does not answer.
         """
         with self._failing(MigratableError):
-            return self._monitor.execute(command, arguments)
+            return self._monitor.execute(command, arguments, fd=fd)
 
     def pause(self) -> None:
         """Stop the guest; return once it stands still.
