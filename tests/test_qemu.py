@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import vmmig
-from tests import qemu_machines, s3_server
-from tests.qemu_machines import Qemu, linux, numbers, waiting
+from tests import linux_in_qemu, s3_server
+from tests.linux_in_qemu import Qemu, linux, numbers, waiting
 from tests.test_readme import README
 from vmmig import formats
 from vmmig.errors import (
@@ -33,7 +33,7 @@ from vmmig.live import MigrationAborted, MigrationInDoubt
 
 if not os.environ.get("CI"):
     pytest.importorskip("qemu.qmp", reason="qemu.qmp is not installed (extra qemu)")
-    if missing := qemu_machines.requirements():
+    if missing := linux_in_qemu.requirements():
         pytest.skip(missing, allow_module_level=True)
 
 from vmmig.adapters.qemu import Machine, MigrationStatistics
