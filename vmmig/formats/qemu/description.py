@@ -17,6 +17,7 @@ from vmmig.errors import DecodeError
 MAX_BYTES = 1 << 26
 
 _MAX_LENGTH = 1 << 40
+_MAX_STEPS = 1_000_000
 _SUBSECTION = 5
 
 
@@ -97,7 +98,7 @@ def decode(device: dict[str, Any], state: bytes) -> dict[str, object]:
 class _Decoding:
     def __init__(self, state: bytes) -> None:
         self._state = state
-        self._steps = 100_000 + 16 * len(state)
+        self._steps = _MAX_STEPS
 
     def device(self, described: dict[str, Any]) -> dict[str, object]:
         fields: dict[str, object] = {}
@@ -122,6 +123,7 @@ class _Decoding:
     ) -> int:
         for field in _dicts(described, "fields"):
             size, count = _size(field), _count(field)
+            self._steps -= 1
             if at + size * count > end:
                 raise _UnfitError
             name = str(field.get("name", ""))
@@ -135,6 +137,8 @@ class _Decoding:
                     name += "'"
                 if "array_len" not in field:
                     into[name] = self._value(field, at, size)
+                elif size == 1 and field.get("type") == "uint8":
+                    into[name] = list(self._state[at : at + count])
                 elif size:
                     into[name] = [
                         self._value(field, start, size)

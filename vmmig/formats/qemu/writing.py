@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vmmig.errors import DecodeError, MigratableError, SnapshotError
@@ -13,6 +14,16 @@ from vmmig.snapshot import Snapshot, raw_view
 
 _LAYOUT = "$.snapshot_data['stream']"
 _CHUNK_BYTES = 1 << 20
+_LARGE_BYTES = 1 << 18
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    AttributeError,
+    RecursionError,
+)
 _SHOWN = 8
 _KINDS = {
     "start": wire.SECTION_START,
@@ -29,23 +40,30 @@ def chunks(root: Snapshot) -> Iterator[bytes | memoryview]:
         MigratableError: The tree is no QEMU stream's, or has what a stream cannot carry; that
             is said before the first chunk, except for damage of the layout.
     """
-    parts = _layout(root)
-    ram = _ram_of(root, parts)
-    _refuse_strange(root, parts, ram)
+    with _blaming_layout():
+        parts = _layout(root)
+        ram = _ram_of(root, parts)
+        _refuse_strange(root, parts, ram)
     return _joined(_pieces(root, parts, ram))
 
 
-def _layout(root: Snapshot) -> list[dict[str, Any]]:
-    data = bytes(raw_view(root.section("stream").snapshot))
+@contextmanager
+def _blaming_layout() -> Iterator[None]:
     try:
-        layout = json.loads(data)
-        if layout["layout"] != 1:
-            raise ValueError(f"its version is {layout['layout']}; only 1 is known")
-        parts = layout["parts"]
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise ValueError("it has no list of parts")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        yield
+    except MigratableError:
+        raise
+    except _DAMAGE as error:
         raise DecodeError(f"the stream's layout is damaged: {error!r}", where=_LAYOUT) from error
+
+
+def _layout(root: Snapshot) -> list[dict[str, Any]]:
+    layout = json.loads(bytes(raw_view(root.section("stream").snapshot)))
+    if layout["layout"] != 1:
+        raise ValueError(f"its version is {layout['layout']}; only 1 is known")
+    parts = layout["parts"]
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise ValueError("it has no list of parts")
     return parts
 
 
@@ -92,9 +110,9 @@ def _refuse_strange(root: Snapshot, parts: list[dict[str, Any]], ram: RamWriter 
 def _joined(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
     pending: list[bytes | memoryview] = []
     size = 0
-    try:
+    with _blaming_layout():
         for piece in pieces:
-            if len(piece) >= _CHUNK_BYTES // 4:
+            if len(piece) >= _LARGE_BYTES:
                 yield b"".join(pending)
                 pending, size = [], 0
                 yield piece
@@ -104,10 +122,6 @@ def _joined(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview
             if size >= _CHUNK_BYTES:
                 yield b"".join(pending)
                 pending, size = [], 0
-    except MigratableError:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-        raise DecodeError(f"the stream's layout is damaged: {error!r}", where=_LAYOUT) from error
     yield b"".join(pending)
 
 
