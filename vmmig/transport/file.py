@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from vmmig._native import address_of, libc
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
 from vmmig.transfer import Transfer, flat_view
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _WRITE_BYTES = 8 << 20
 _WRITE_BUFFERS = 1024
+_HOLE_BYTES = 1 << 16
+_ZEROS = bytes(1 << 20)
 
 _ADVICE = {
     errno.EACCES: "change the permissions, or act as a user who has them",
@@ -144,7 +147,13 @@ def check_destination(url: str | os.PathLike[str]) -> None:
         raise MigrateSendError(_explained(error, path)) from error
 
 
-def write_chunks(fd: int, chunks: Iterable[Buffer], advance: Callable[[int], object] = int) -> int:
+def write_chunks(
+    fd: int,
+    chunks: Iterable[Buffer],
+    advance: Callable[[int], object] = int,
+    *,
+    sparsely: bool = False,
+) -> int:
     """Write ``chunks``, one behind the other, in large writes; many small ones take one call.
 
     Args:
@@ -152,6 +161,7 @@ def write_chunks(fd: int, chunks: Iterable[Buffer], advance: Callable[[int], obj
         chunks: Contiguous bytes-like objects; memoryviews in C order, of a native format. What
             they show must not change before the return.
         advance: Is told how many bytes are written, batch by batch.
+        sparsely: The descriptor is of a new file: leave a hole for a large chunk of zeros.
 
     Returns:
         How many bytes were written: all there were.
@@ -166,10 +176,14 @@ def write_chunks(fd: int, chunks: Iterable[Buffer], advance: Callable[[int], obj
     b'two chunks'
     """
     written_bytes = started_bytes = 0
-    for batch in _batches(chunks):
+    for batch in _batches(chunks, sparsely):
         batch_bytes = sum(map(len, batch))
         written_bytes += batch_bytes
-        _write_all(fd, batch)
+        if sparsely and len(batch) == 1 and _is_hole(batch[0]):
+            os.ftruncate(fd, written_bytes)
+            os.lseek(fd, written_bytes, os.SEEK_SET)
+        else:
+            _write_all(fd, batch)
         advance(batch_bytes)
         behind_bytes = written_bytes - started_bytes
         if behind_bytes >= _WRITE_BYTES:
@@ -272,7 +286,8 @@ def _replace(folder: int, name: str, chunks: Iterable[Buffer], transfer: Transfe
         with open(part, "xb", buffering=0, opener=opener) as file:
             os.fchmod(file.fileno(), 0o600)
             transfer.enter("transferring")
-            write_chunks(file.fileno(), transfer.views(chunks), transfer.advance)
+            views = transfer.views(chunks)
+            write_chunks(file.fileno(), views, transfer.advance, sparsely=True)
             transfer.enter("confirming")
             os.fsync(file.fileno())
         transfer.check()
@@ -287,11 +302,17 @@ def _replace(folder: int, name: str, chunks: Iterable[Buffer], transfer: Transfe
         raise
 
 
-def _batches(chunks: Iterable[Buffer]) -> Iterator[list[memoryview]]:
+def _batches(chunks: Iterable[Buffer], sparsely: bool) -> Iterator[list[memoryview]]:
     batch: list[memoryview] = []
     room_bytes = _WRITE_BYTES
     for chunk in chunks:
         view = flat_view(chunk)
+        if sparsely and _is_hole(view):
+            if batch:
+                yield batch
+            yield [view]
+            batch, room_bytes = [], _WRITE_BYTES
+            continue
         while len(view) >= room_bytes:
             yield [*batch, view[:room_bytes]]
             view = view[room_bytes:]
@@ -304,6 +325,15 @@ def _batches(chunks: Iterable[Buffer]) -> Iterator[list[memoryview]]:
                 batch, room_bytes = [], _WRITE_BYTES
     if batch:
         yield batch
+
+
+def _is_hole(view: memoryview) -> bool:
+    """Whether it is all zeros, and of a size for which a hole is worth it."""
+    return (
+        _HOLE_BYTES <= len(view) <= len(_ZEROS)
+        and not view[0]
+        and not libc().memcmp(address_of(view), address_of(_ZEROS), len(view))
+    )
 
 
 def _write_all(fd: int, batch: list[memoryview]) -> None:
