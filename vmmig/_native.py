@@ -114,6 +114,21 @@ def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         start = hole
 
 
+_ZEROS = bytes(1 << 20)
+
+
+def is_zero(view: memoryview) -> bool:
+    """Whether all bytes of a view, of at most 1 MiB, are 0.
+
+    >>> is_zero(memoryview(bytes(100))), is_zero(memoryview(b"a"))
+    (True, False)
+    """
+    assert len(view) <= len(_ZEROS)
+    return not view or not (
+        view[0] or libc().memcmp(address_of(view), address_of(_ZEROS), len(view))
+    )
+
+
 class FileMapping(mmap.mmap):
     """A mapping with the descriptor of what it maps, which lives as long as the mapping.
 

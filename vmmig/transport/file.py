@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from vmmig._native import address_of, libc
+from vmmig._native import is_zero
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
 from vmmig.transfer import Transfer, flat_view
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _WRITE_BYTES = 8 << 20
 _WRITE_BUFFERS = 1024
 _HOLE_BYTES = 1 << 16
-_ZEROS = bytes(1 << 20)
+_MOST_HOLE_BYTES = 1 << 20
 
 _ADVICE = {
     errno.EACCES: "change the permissions, or act as a user who has them",
@@ -329,11 +329,7 @@ def _batches(chunks: Iterable[Buffer], sparsely: bool) -> Iterator[list[memoryvi
 
 def _is_hole(view: memoryview) -> bool:
     """Whether it is all zeros, and of a size for which a hole is worth it."""
-    return (
-        _HOLE_BYTES <= len(view) <= len(_ZEROS)
-        and not view[0]
-        and not libc().memcmp(address_of(view), address_of(_ZEROS), len(view))
-    )
+    return _HOLE_BYTES <= len(view) <= _MOST_HOLE_BYTES and is_zero(view)
 
 
 def _write_all(fd: int, batch: list[memoryview]) -> None:
