@@ -82,7 +82,7 @@ def send(chunks: Iterable[Buffer], transfer: Transfer) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise MigrateSendError(_explained(error, path)) from error
+        raise MigrateSendError(explained(error, path)) from error
 
 
 def recv(transfer: Transfer) -> memoryview:
@@ -120,7 +120,7 @@ def recv(transfer: Transfer) -> memoryview:
         finally:
             os.close(fd)
     except OSError as error:
-        raise MigrateReceiveError(_explained(error, path)) from error
+        raise MigrateReceiveError(explained(error, path)) from error
     except ValueError as error:
         raise MigrateReceiveError(f"{path!r}: it shrank while it was opened; try again") from error
 
@@ -144,7 +144,7 @@ def check_destination(url: str | os.PathLike[str]) -> None:
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise MigrateSendError(_explained(error, path)) from error
+        raise MigrateSendError(explained(error, path)) from error
 
 
 def write_chunks(
@@ -343,7 +343,12 @@ def _write_all(fd: int, batch: list[memoryview]) -> None:
             batch[first] = batch[first][written_bytes:]
 
 
-def _explained(error: OSError, path: str) -> str:
+def explained(error: OSError, path: str) -> str:
+    """What went wrong with the file at ``path``, and what to do.
+
+    >>> explained(FileNotFoundError(errno.ENOENT, "No such file"), "vm.vmsnap")
+    "'vm.vmsnap': No such file; check the path, and that its folder exists"
+    """
     what = error.strerror or repr(error)
     advice = _ADVICE.get(error.errno or 0, "save elsewhere")
     return "; ".join([f"{path!r}: {what}", advice, *getattr(error, "__notes__", ())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -11,7 +12,7 @@ from vmmig._native import is_zero
 from vmmig.adapters.cloud_hypervisor.ram import RamFiles, check_covered, ram_mappings
 from vmmig.adapters.cloud_hypervisor.receiving import url_of
 from vmmig.errors import MigratableError, MigrateSendError, MissingExtraError
-from vmmig.formats.cloud_hypervisor import to_parts
+from vmmig.formats.cloud_hypervisor import MEMORY, to_parts
 from vmmig.live import MigrationInDoubt
 from vmmig.live.link import Link, PeerError
 from vmmig.live.payloads import RamMapping
@@ -29,10 +30,10 @@ from vmmig.protocol import (
     Start,
     State,
 )
-from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
+from vmmig.snapshot import Snapshot, raw_view
 from vmmig.transfer import CancelToken, Progress, Transfer
 
-_MEMORY = "memory"
+_RAM = re.compile("0x[0-9a-f]{1,16}")
 _GRAIN_BYTES = 1 << 16
 _ABANDON_S = 5.0
 _PAGE_FAULT_S = 1.0
@@ -122,18 +123,18 @@ class _Sender:
         """Look at all of the snapshot but the RAM's bytes."""
         self.transfer.enter("connecting")
         root = self.snapshot
-        memory = root.snapshots.get(_MEMORY, Snapshot(_MEMORY))
-        rest = {id: child for id, child in root.snapshots.items() if id != _MEMORY}
-        parts = to_parts(Snapshot(root.id, rest, root.snapshot_data))
+        memory = root.snapshots.get(MEMORY, Snapshot(MEMORY))
+        ram = {id: each for id, each in memory.snapshot_data.items() if _RAM.fullmatch(id)}
+        # The rest of what is called so is of the state's tree.
+        other = {id: each for id, each in memory.snapshot_data.items() if id not in ram}
+        children = {**root.snapshots, MEMORY: Snapshot(MEMORY, memory.snapshots, other)}
+        parts = to_parts(Snapshot(root.id, children, root.snapshot_data))
         self.config, self.state = parts.config, parts.state
         self.mappings = self._mappings()
-        self.sections: list[tuple[MemoryRange, SnapshotDataSection]] = []
-        for id, section in memory.snapshot_data.items():
-            try:
-                self.sections.append((MemoryRange(int(id, 16), section.nbytes), section))
-            except ValueError:
-                raise MigrateSendError(f"{id!r} is no address of a piece of RAM") from None
-        self.sections.sort(key=lambda each: each[0])
+        self.sections = sorted(
+            ((MemoryRange(int(id, 16), each.nbytes), each) for id, each in ram.items()),
+            key=lambda pair: pair[0],
+        )
         check_covered(self.mappings, (where for where, _ in self.sections))
         self.transfer.total_bytes = sum(each.range.length for each in self.mappings)
         if self.forget:

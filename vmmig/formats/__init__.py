@@ -1,0 +1,1 @@
+"""Foreign snapshot files, read into a `Snapshot` and written from one."""
