@@ -9,6 +9,7 @@ from vmmig.cli.console import Group, verbose
 from vmmig.cli.copying import recv, send
 from vmmig.cli.demo import demo, run
 from vmmig.cli.live import migrate, receive, simulate
+from vmmig.cli.offload import offload
 from vmmig.cli.serve import serve
 
 _EPILOG = """\b
@@ -47,3 +48,6 @@ def vmmig() -> None:
 
 for _command in (demo, run, send, recv, serve, migrate, receive, simulate):
     vmmig.add_command(verbose(_command))
+for _command in offload.commands.values():
+    verbose(_command)
+vmmig.add_command(offload)

@@ -67,7 +67,18 @@ _OPTIONS = (
 )
 
 
-def _with_options(function: _F) -> _F:
+compress = click.option(
+    "--compress",
+    "compression",
+    is_flag=False,
+    flag_value="zstd",
+    metavar="[zstd:LEVEL]",
+    help="Compress what is large and shrinks, by Zstandard; level 1 to 19. [default: 1]",
+)
+
+
+def with_options(function: _F) -> _F:
+    """Give a command what it is told of the far URL: see `options_of`; and ``--json``."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
@@ -76,15 +87,8 @@ def _with_options(function: _F) -> _F:
 @click.command(short_help="Send a snapshot file to a URL.")
 @click.argument("source", type=click.Path(allow_dash=True))
 @click.argument("url")
-@_with_options
-@click.option(
-    "--compress",
-    "compression",
-    is_flag=False,
-    flag_value="zstd",
-    metavar="[zstd:LEVEL]",
-    help="Compress what is large and shrinks, by Zstandard; level 1 to 19. [default: 1]",
-)
+@with_options
+@compress
 def send(source: str, url: str, as_json: bool, compression: str | None, **options: Any) -> None:
     """Check the snapshot file SOURCE, and send it to URL.
 
@@ -100,7 +104,7 @@ def send(source: str, url: str, as_json: bool, compression: str | None, **option
     _copy(
         source,
         url,
-        _options(url, **options),
+        options_of(url, **options),
         sending=True,
         as_json=as_json,
         compression=compression,
@@ -110,7 +114,7 @@ def send(source: str, url: str, as_json: bool, compression: str | None, **option
 @click.command(short_help="Fetch a snapshot from a URL into a file.")
 @click.argument("url")
 @click.argument("destination", type=click.Path(allow_dash=True))
-@_with_options
+@with_options
 def recv(url: str, destination: str, as_json: bool, **options: Any) -> None:
     """Fetch a snapshot from URL, check it, and write it to the file DESTINATION.
 
@@ -122,16 +126,17 @@ def recv(url: str, destination: str, as_json: bool, **options: Any) -> None:
       vmmig recv https://store/vm.vmsnap vm.vmsnap
       vmmig recv s3://bucket/vm.vmsnap - | ssh other-host 'cat > vm.vmsnap'
     """
-    _copy(url, destination, _options(url, **options), sending=False, as_json=as_json)
+    _copy(url, destination, options_of(url, **options), sending=False, as_json=as_json)
 
 
-def _options(url: str, timeout: float | None, tls: str | None, token: str | None) -> Options:
+def options_of(url: str, timeout: float | None, tls: str | None, token: str | None) -> Options:
+    """What a transfer is given of them."""
     options = Options()
     if timeout is not None:
         options["timeout_s"] = timeout
     if tls is not None:
         options["tls"] = tls
-    if token is None and _scheme(url) in ("http", "https"):
+    if token is None and scheme_of(url) in ("http", "https"):
         token = os.environ.get(_TOKEN_VARIABLE)
     if token:
         options["token"] = token
@@ -213,7 +218,7 @@ def _fetch(
 ) -> None:
     from vmmig import transport
 
-    if destination != _PIPE and _scheme(destination) == "file":
+    if destination != _PIPE and scheme_of(destination) == "file":
         from vmmig.transport.file import check_destination
 
         check_destination(destination)
@@ -272,6 +277,7 @@ def _deliver(
         raise transfer.failure(error) from error
 
 
-def _scheme(url: str) -> str:
+def scheme_of(url: str) -> str:
+    """The URL's scheme, in small letters; of a path, ``file``."""
     match = SCHEME.match(url)
     return match[1].lower() if match else "file"

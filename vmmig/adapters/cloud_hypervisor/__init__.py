@@ -1,7 +1,7 @@
 """Cloud Hypervisor: a running one as a component, and vmmig as its offload daemon.
 
 `CloudHypervisor` drives one by its API's socket. `offload_snapshot` and `offload_restore` are the
-peer of its migrations: a VM is stored at any URL, and restored from there, without a folder between.
+peer of its migrations: a VM is stored at any URL, and restored from there, with no folder between.
 """
 
 from vmmig.adapters.cloud_hypervisor.machine import CloudHypervisor as CloudHypervisor

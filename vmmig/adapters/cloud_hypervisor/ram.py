@@ -91,8 +91,7 @@ def received_ram(
     slots = {each.slot for each in mappings}
     if slots != descriptors.keys():
         raise MigrateReceiveError(
-            f"descriptors came for the slots {sorted(descriptors)}, but the RAM has "
-            f"{sorted(slots)}"
+            f"descriptors came for the slots {sorted(descriptors)}, but the RAM has {sorted(slots)}"
         )
     views = []
     for each in mappings:

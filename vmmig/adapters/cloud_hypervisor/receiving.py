@@ -120,7 +120,7 @@ class _Receiver:
         self.timeout_s = timeout_s
         self.transfer = Transfer(url, MigrateReceiveError, progress=progress, cancel=cancel)
         self.saving = cancel
-        self.has_begun = False
+        self.has_begun = self.is_stored = False
         self.descriptors: dict[int, int] = {}
         self.config = b""
         self.mappings: tuple[RamMapping, ...] = ()
@@ -141,11 +141,7 @@ class _Receiver:
             self._let_go()
 
     def _failure(self, error: Exception) -> MigrateReceiveError:
-        if isinstance(error, MigrateReceiveError) and str(error.cause).startswith(repr(self.url)):
-            return error
-        cause: object = error.cause if isinstance(error, MigratableError) else error
-        if self.cancel.cancelled:
-            cause = "cancelled"
+        cause = error.cause if isinstance(error, MigratableError) else error
         return MigrateReceiveError(f"{self.url!r}: {cause or repr(error)}")
 
     def _accept_one(self, listener: sockets.Listener) -> Received:
@@ -170,7 +166,11 @@ class _Receiver:
                 with self.cancel.calling(link.shut_down):
                     return self._converse(link)
             except Exception as error:
+                # Before the peer is told: whoever hears of that may cancel for it.
+                is_cancelled = self.cancel.cancelled
                 link.refuse(error)
+                if is_cancelled and not self.is_stored:
+                    raise MigrateReceiveError("cancelled") from error
                 if self.has_begun:
                     raise
                 # Whoever that was, no migration came from there.
@@ -258,6 +258,7 @@ class _Receiver:
                 if has_spoken.is_set() and not self.cancel.cancelled:
                     raise MigrateReceiveError(_GAVE_UP) from error
                 raise
+        self.is_stored = True
         try:
             if has_spoken.is_set():
                 raise ConnectionError(_GAVE_UP)

@@ -12,7 +12,8 @@ from vmmig._native import is_zero
 from vmmig.adapters.cloud_hypervisor.ram import RamFiles, check_covered, ram_mappings
 from vmmig.adapters.cloud_hypervisor.receiving import url_of
 from vmmig.errors import MigratableError, MigrateSendError, MissingExtraError
-from vmmig.formats.cloud_hypervisor import MEMORY, to_parts
+from vmmig.formats import cloud_hypervisor as formats
+from vmmig.formats.cloud_hypervisor import CONFIG, MEMORY, to_parts
 from vmmig.live import MigrationInDoubt
 from vmmig.live.link import Link, PeerError
 from vmmig.live.payloads import RamMapping
@@ -145,9 +146,8 @@ class _Sender:
             return ram_mappings(self.config)
         except MigratableError as error:
             raise MigrateSendError(
-                f"the snapshot has no Config of a migration ({error.cause}); what "
-                "`vmmig offload snapshot` stored has one, a snapshot folder of vm.snapshot has not: "
-                "give that to vm.restore"
+                f"the snapshot has no Config of a migration ({error.cause}), as one that "
+                "`vmmig offload snapshot` stored has; give what vm.snapshot wrote to vm.restore"
             ) from error
 
     def _ram(self) -> Iterator[tuple[int, memoryview]]:
@@ -213,12 +213,12 @@ class _Sender:
         except (MigratableError, OSError):
             return
         if isinstance(event, PageFault):
-            error = MigrateSendError(
+            refusal = MigrateSendError(
                 "Cloud Hypervisor asks for single pages, but all RAM was handed over: let it "
                 "receive the migration without post-copy"
             )
-            link.refuse(error)
-            raise error
+            link.refuse(refusal)
+            raise refusal
 
 
 def _ask(link: Link, request: Message, fd: int | None = None) -> None:
@@ -241,3 +241,16 @@ def _nonzero(view: memoryview) -> Iterator[tuple[int, int]]:
             first = None
     if first is not None:
         yield first, len(view)
+
+
+def is_of_migration(snapshot: Snapshot) -> bool:
+    """Whether a snapshot has the Config of a migration, not only a VM's configuration.
+
+    >>> is_of_migration(Snapshot("vm"))
+    False
+    """
+    section = snapshot.snapshot_data.get(CONFIG)
+    try:
+        return section is not None and bool(formats.ram_mappings(section.snapshot))
+    except MigratableError:
+        return False
