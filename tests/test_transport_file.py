@@ -409,7 +409,7 @@ send([b"old"], "vm", total_bytes=3)
 
 def save(name, size):
     try:
-        send([bytes(size)], name, total_bytes=size)
+        send([b"x" * size], name, total_bytes=size)
         answer = "saved"
     except MigrateSendError as error:
         answer = str(error)

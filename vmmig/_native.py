@@ -114,19 +114,28 @@ def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         start = hole
 
 
-_ZEROS = bytes(1 << 20)
+GRAIN_BYTES = 1 << 16
+_ZEROS = bytes(GRAIN_BYTES)
 
 
-def is_zero(view: memoryview) -> bool:
-    """Whether all bytes of a view, of at most 1 MiB, are 0.
+def runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
+    """A view of bytes in runs of zeros, by 64 KiB, and of other bytes: (start, end, zeros).
 
-    >>> is_zero(memoryview(bytes(100))), is_zero(memoryview(b"a"))
-    (True, False)
+    >>> [*runs(memoryview(bytes(GRAIN_BYTES) + b"code" + bytes(GRAIN_BYTES)))]
+    [(0, 65536, True), (65536, 131072, False), (131072, 131076, True)]
     """
-    assert len(view) <= len(_ZEROS)
-    return not view or not (
-        view[0] or libc().memcmp(address_of(view), address_of(_ZEROS), len(view))
-    )
+    if not view:
+        return
+    memcmp, address, zeros = libc().memcmp, address_of(view), address_of(_ZEROS)
+    start, was_zero = 0, None
+    for at in range(0, len(view), GRAIN_BYTES):
+        size = min(GRAIN_BYTES, len(view) - at)
+        is_zero = not view[at] and not memcmp(address + at, zeros, size)
+        if was_zero not in (None, is_zero):
+            yield start, at, not is_zero
+            start = at
+        was_zero = is_zero
+    yield start, len(view), bool(was_zero)
 
 
 class FileMapping(mmap.mmap):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from vmmig._native import is_zero
+from vmmig._native import GRAIN_BYTES, runs
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
 from vmmig.transfer import Transfer, flat_view
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 _WRITE_BYTES = 8 << 20
 _WRITE_BUFFERS = 1024
-_HOLE_BYTES = 1 << 16
-_MOST_HOLE_BYTES = 1 << 20
 
 _ADVICE = {
     errno.EACCES: "change the permissions, or act as a user who has them",
@@ -176,10 +174,10 @@ def write_chunks(
     b'two chunks'
     """
     written_bytes = started_bytes = 0
-    for batch in _batches(chunks, sparsely):
+    for batch, is_hole in _batches(chunks, sparsely):
         batch_bytes = sum(map(len, batch))
         written_bytes += batch_bytes
-        if sparsely and len(batch) == 1 and _is_hole(batch[0]):
+        if is_hole:
             os.ftruncate(fd, written_bytes)
             os.lseek(fd, written_bytes, os.SEEK_SET)
         else:
@@ -302,34 +300,32 @@ def _replace(folder: int, name: str, chunks: Iterable[Buffer], transfer: Transfe
         raise
 
 
-def _batches(chunks: Iterable[Buffer], sparsely: bool) -> Iterator[list[memoryview]]:
+def _batches(chunks: Iterable[Buffer], sparsely: bool) -> Iterator[tuple[list[memoryview], bool]]:
+    """The chunks in lists to be written at once; and whether, instead, a hole is to be left."""
     batch: list[memoryview] = []
     room_bytes = _WRITE_BYTES
     for chunk in chunks:
         view = flat_view(chunk)
-        if sparsely and _is_hole(view):
-            if batch:
-                yield batch
-            yield [view]
-            batch, room_bytes = [], _WRITE_BYTES
-            continue
-        while len(view) >= room_bytes:
-            yield [*batch, view[:room_bytes]]
-            view = view[room_bytes:]
-            batch, room_bytes = [], _WRITE_BYTES
-        if view:
-            batch.append(view)
-            room_bytes -= len(view)
-            if len(batch) == _WRITE_BUFFERS:
-                yield batch
+        for start, end, is_zero in runs(view) if sparsely else [(0, len(view), False)]:
+            run = view[start:end]
+            if is_zero and len(run) >= GRAIN_BYTES:
+                if batch:
+                    yield batch, False
+                yield [run], True
                 batch, room_bytes = [], _WRITE_BYTES
+                continue
+            while len(run) >= room_bytes:
+                yield [*batch, run[:room_bytes]], False
+                run = run[room_bytes:]
+                batch, room_bytes = [], _WRITE_BYTES
+            if run:
+                batch.append(run)
+                room_bytes -= len(run)
+                if len(batch) == _WRITE_BUFFERS:
+                    yield batch, False
+                    batch, room_bytes = [], _WRITE_BYTES
     if batch:
-        yield batch
-
-
-def _is_hole(view: memoryview) -> bool:
-    """Whether it is all zeros, and of a size for which a hole is worth it."""
-    return _HOLE_BYTES <= len(view) <= _MOST_HOLE_BYTES and is_zero(view)
+        yield batch, False
 
 
 def _write_all(fd: int, batch: list[memoryview]) -> None:

@@ -173,9 +173,15 @@ vm.pause: nobody listened there within 0 s ...
             try:
                 self._api.put(name)
             except ApiError as refused:
-                # It refuses to pause what is paused; an answer says that it can be asked.
-                if refused.status is None or self.info().get("state") != wanted:
+                # It also refuses to pause what is paused.
+                if refused.status is None or self._state() != wanted:
                     raise
+
+    def _state(self) -> object:
+        try:
+            return self.info().get("state")
+        except ApiError:
+            return None
 
     def _transfer(self, name: str, body: dict[str, object]) -> None:
         self._api.put(name, body, timeout_s=self._transfer_timeout_s)

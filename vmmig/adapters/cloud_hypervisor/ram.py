@@ -14,7 +14,7 @@ from vmmig._native import (
     F_SEAL_SHRINK,
     MFD_ALLOW_SEALING,
     MFD_CLOEXEC,
-    is_zero,
+    runs,
 )
 from vmmig.errors import MigratableError, MigrateReceiveError
 from vmmig.foreign import map_foreign
@@ -149,19 +149,26 @@ class RamFiles:
         end = gpa + len(data)
         for each in self._mappings:
             first, last = max(gpa, each.range.gpa), min(end, each.range.end)
-            for at in range(first, last, _PIECE_BYTES):
-                piece = data[at - gpa : min(at + _PIECE_BYTES, last) - gpa]
-                count = len(piece)
-                offset = each.file_offset + at - each.range.gpa
-                while piece and not is_zero(piece):
-                    try:
-                        written = os.pwrite(self.descriptors[each.slot], piece, offset)
-                    except OSError as error:
-                        raise MigratableError(
-                            f"there is no memory for slot {each.slot}: {error}"
-                        ) from error
-                    piece, offset = piece[written:], offset + written
-                wrote(count)
+            if first >= last:
+                continue
+            part = data[first - gpa : last - gpa]
+            offset = each.file_offset + first - each.range.gpa
+            for start, stop, is_zero in runs(part):
+                if is_zero:
+                    wrote(stop - start)
+                    continue
+                for at in range(start, stop, _PIECE_BYTES):
+                    piece = part[at : min(at + _PIECE_BYTES, stop)]
+                    self._write(each.slot, piece, offset + at)
+                    wrote(len(piece))
+
+    def _write(self, slot: int, piece: memoryview, offset: int) -> None:
+        try:
+            while piece:
+                written = os.pwrite(self.descriptors[slot], piece, offset)
+                piece, offset = piece[written:], offset + written
+        except OSError as error:
+            raise MigratableError(f"there is no memory for slot {slot}: {error}") from error
 
     def close(self) -> None:
         """Close the descriptors."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from vmmig import sockets
-from vmmig._native import is_zero
+from vmmig._native import runs
 from vmmig.adapters.cloud_hypervisor.ram import RamFiles, check_covered, ram_mappings
 from vmmig.adapters.cloud_hypervisor.receiving import url_of
 from vmmig.errors import MigratableError, MigrateSendError, MissingExtraError
@@ -35,7 +35,6 @@ from vmmig.snapshot import Snapshot, raw_view
 from vmmig.transfer import CancelToken, Progress, Transfer
 
 _RAM = re.compile("0x[0-9a-f]{1,16}")
-_GRAIN_BYTES = 1 << 16
 _ABANDON_S = 5.0
 _PAGE_FAULT_S = 1.0
 
@@ -163,6 +162,7 @@ class _Sender:
             with self.cancel.calling(link.shut_down):
                 self._prepare(link, descriptors)
                 self.transfer.enter("confirming")
+            self.transfer.check()
             self._hand_over(link)
         except BaseException:
             if link.connection.request is None:
@@ -186,7 +186,7 @@ class _Sender:
     def _send_memory(self, link: Link) -> None:
         self.transfer.enter("transferring")
         for gpa, view in self._ram():
-            spans = [*_nonzero(view)]
+            spans = [(start, end) for start, end, is_zero in runs(view) if not is_zero]
             self.transfer.advance(len(view) - sum(end - start for start, end in spans))
             if not spans:
                 continue
@@ -228,19 +228,6 @@ def _ask(link: Link, request: Message, fd: int | None = None) -> None:
         raise MigrateSendError(
             f"Cloud Hypervisor refused {type(request).__name__} ({error}); its log says why"
         ) from error
-
-
-def _nonzero(view: memoryview) -> Iterator[tuple[int, int]]:
-    """Where a view is not all zeros, in grains of 64 KiB: (start, end), apart from one another."""
-    first: int | None = None
-    for start in range(0, len(view), _GRAIN_BYTES):
-        if not is_zero(view[start : start + _GRAIN_BYTES]):
-            first = start if first is None else first
-        elif first is not None:
-            yield first, start
-            first = None
-    if first is not None:
-        yield first, len(view)
 
 
 def is_of_migration(snapshot: Snapshot) -> bool:
