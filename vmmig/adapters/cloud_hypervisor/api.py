@@ -79,6 +79,8 @@ listened there within 0 s ...
             connection.endheaders(data)
             response = connection.getresponse()
             answer = response.read(_ANSWER_BYTES + 1)
+            if len(answer) <= _ANSWER_BYTES and response.length:
+                raise http.client.IncompleteRead(answer, response.length)
         except (MigratableError, OSError, ValueError, http.client.HTTPException) as error:
             raise ApiError(f"{self.url!r}: {name}: {_why(error, timeout_s)}") from error
         finally:

@@ -37,8 +37,9 @@ class CloudHypervisor(UrlTransport):
     Args:
         api_socket: What it was given as ``--api-socket``.
         id: The component's id.
-        folder: Where `snapshot` and `restore` have a temporary folder, which it must be able to
-            read and to write, and which must have room for the RAM; by default that of tempfile.
+        folder: Where `snapshot` and `restore` have a temporary folder, with room for the RAM; by
+            default that of tempfile. It is this user's alone, so Cloud Hypervisor must be the
+            same user's, or root's.
         by_offload: Take snapshots without a folder: the VM hands over its RAM, which must be
             shared (``--memory shared=on``), and is gone then, as after any local migration.
         timeout_s: How long to wait for the socket, and for answers that take no time.

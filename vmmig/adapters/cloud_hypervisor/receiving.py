@@ -220,11 +220,11 @@ class _Receiver:
     def _configure(self, config: bytes) -> None:
         self.config = config
         self.mappings = ram_mappings(config)
-        self.transfer.total_bytes = sum(each.range.length for each in self.mappings)
-        if self.transfer.total_bytes > self.max_memory_bytes:
+        ram_bytes = sum(each.range.length for each in self.mappings)
+        if ram_bytes > self.max_memory_bytes:
             raise MigrateReceiveError(
-                f"the VM has {self.transfer.total_bytes} bytes of RAM, of {self.max_memory_bytes} "
-                "allowed; max_memory_bytes allows more"
+                f"the VM has {ram_bytes} bytes of RAM, of {self.max_memory_bytes} allowed; "
+                "max_memory_bytes allows more"
             )
         if self.descriptors:
             self.ram = received_ram(self.mappings, self.descriptors, check=self._check)
