@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import resource
 import socket
 import struct
 import threading
@@ -45,8 +46,9 @@ from vmmig import foreign, recv, send
 from vmmig.adapters.cloud_hypervisor import OffloadReport, offload_restore, offload_snapshot
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError, SnapshotError
 from vmmig.formats import cloud_hypervisor as formats
-from vmmig.live import MigrationInDoubt
+from vmmig.live import MigrationInDoubt, migrate, receive
 from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
+from vmmig.testing.components import LiveCounter
 from vmmig.transfer import CancelToken, Progress
 
 
@@ -730,6 +732,27 @@ def test_a_socket_that_is_in_use_is_left_alone(vm: Vm, tmp_path: Path) -> None:
     saving.result()
 
 
+def test_more_descriptors_than_can_be_open_are_refused_and_closed(tmp_path: Path) -> None:
+    vm = small_vm()
+    saving = Saving(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with connected(saving.path) as sock:
+        asked(sock, header(START))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+        try:
+            slot = 0
+            got = OK
+            while got == OK:
+                send_fd(sock, slot, [vm.fds[0]])
+                got = answered(sock)
+                slot += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert got in (ERROR, b"")
+        assert "raise the limit on open files" in saving.failure()
+    vm.close()
+
+
 # Restoring
 
 
@@ -855,6 +878,24 @@ def test_ram_may_be_cut_elsewhere_than_the_slots(vm: Vm, tmp_path: Path) -> None
     offload_restore(receiving.path, path)
     assert receiving.vm().ram() == vm.ram()
     receiving.close()
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["handed-over", "copied"])
+def test_a_machine_of_our_own_goes_through_it_too(copies: bool, tmp_path: Path) -> None:
+    """The two ends of `vmmig.live`, which were written before it, and apart from it."""
+    machine = LiveCounter()
+    machine.count(1000)
+    saving = Saving(tmp_path)
+    migrate(machine, f"unix:{saving.path}", configuration={"cpus": 1})
+    saving.result()
+    there: list[LiveCounter] = []
+    url = f"unix:{tmp_path}/live"
+    waiting = threading.Thread(target=lambda: there.append(receive(LiveCounter.of, url)))
+    waiting.start()
+    offload_restore(f"{tmp_path}/live", saving.url, resume=True, hand_over=not copies)  # type: ignore[arg-type]
+    waiting.join()
+    assert there[0].counted == 1000
+    assert not there[0].paused
 
 
 # Memory of another process
