@@ -44,6 +44,7 @@ from tests.cloud_hypervisor_peer import (
 )
 from vmmig import foreign, recv, send
 from vmmig.adapters.cloud_hypervisor import OffloadReport, offload_restore, offload_snapshot
+from vmmig.adapters.cloud_hypervisor.receiving import Received, receive_vm
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError, SnapshotError
 from vmmig.formats import cloud_hypervisor as formats
 from vmmig.live import MigrationInDoubt, migrate, receive
@@ -664,6 +665,31 @@ def test_a_source_that_gives_up_meanwhile_ends_the_saving(
         asked_up_to_state(vm, sock)
         sock.sendall(header(COMPLETE))
         assert "gave up" in saving.failure()
+
+
+def test_a_source_that_hangs_up_when_all_is_stored_is_told_of(vm: Vm, tmp_path: Path) -> None:
+    def keep(received: Received, token: CancelToken) -> None:
+        sock.close()
+        while not token.cancelled:
+            threading.Event().wait(0.001)
+
+    listens = threading.Event()
+    errors: list[str] = []
+
+    def run() -> None:
+        with pytest.raises(MigrateReceiveError) as caught:
+            receive_vm(tmp_path / "s", keep, progress=lambda _: listens.set())
+        errors.append(str(caught.value))
+
+    saving = threading.Thread(target=run)
+    saving.start()
+    listens.wait()
+    with connected(str(tmp_path / "s")) as sock:
+        asked_up_to_state(vm, sock)
+        sock.sendall(header(COMPLETE))
+        saving.join()
+    assert "the snapshot is stored, but Cloud Hypervisor could not be told" in errors[0]
+    assert "do not restore the snapshot" in errors[0]
 
 
 @pytest.mark.parametrize("stage", ["transferring", "confirming"])

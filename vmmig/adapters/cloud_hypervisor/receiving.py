@@ -135,14 +135,11 @@ class _Receiver:
                 return self._accept_one(listener)
         except MissingExtraError:
             raise
-        except (MigratableError, OSError) as error:
-            raise self._failure(error) from error
+        except Exception as error:
+            cause = error.cause if isinstance(error, MigratableError) else error
+            raise MigrateReceiveError(f"{self.url!r}: {cause or repr(error)}") from error
         finally:
             self._let_go()
-
-    def _failure(self, error: Exception) -> MigrateReceiveError:
-        cause = error.cause if isinstance(error, MigratableError) else error
-        return MigrateReceiveError(f"{self.url!r}: {cause or repr(error)}")
 
     def _accept_one(self, listener: sockets.Listener) -> Received:
         end_s = time.monotonic() + self.timeout_s

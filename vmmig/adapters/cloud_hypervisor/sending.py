@@ -111,7 +111,7 @@ class _Sender:
                 self._migrate({})
         except (MigrationInDoubt, MissingExtraError):
             raise
-        except (MigratableError, OSError) as error:
+        except Exception as error:
             if isinstance(error, MigrateSendError) and str(error.cause).startswith(repr(self.url)):
                 raise
             cause = error.cause if isinstance(error, MigratableError) else error
