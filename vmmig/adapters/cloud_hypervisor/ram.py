@@ -18,8 +18,7 @@ from vmmig._native import (
 )
 from vmmig.errors import MigratableError, MigrateReceiveError
 from vmmig.foreign import map_foreign
-from vmmig.formats import cloud_hypervisor as formats
-from vmmig.live.payloads import RamMapping
+from vmmig.live.payloads import MachineConfig, RamMapping
 from vmmig.memory import PAGE_BYTES, MemoryRange, MemoryRangeTable
 
 if TYPE_CHECKING:
@@ -33,21 +32,14 @@ def ram_mappings(config: bytes) -> tuple[RamMapping, ...]:
     """Where the RAM of a Config is, sorted by address, one mapping for each slot.
 
     Raises:
-        DecodeError: It is no such JSON.
-        MigrateReceiveError: A slot is there twice, mappings overlap or are not made of whole
-            pages, or a memory zone is none of the VM's.
+        MigrateReceiveError: It is no such JSON, a slot is there twice, mappings overlap or are
+            not made of whole pages, or a memory zone is none of the VM's.
 
     >>> ram = '[{"slot": 3, "gpa": 0, "size": 4096, "zone_id": "mem0", "file_offset": 0}]'
     >>> ram_mappings(b'{"memory_manager_data": {"guest_ram_mappings": %s}}' % ram.encode())
     (RamMapping(slot=3, range=MemoryRange(gpa=0, length=4096), file_offset=0),)
     """
-    mappings = sorted(
-        (
-            RamMapping(each.slot, MemoryRange(each.gpa, each.size_bytes), each.file_offset)
-            for each in formats.ram_mappings(config)
-        ),
-        key=lambda each: each.range,
-    )
+    mappings = sorted(MachineConfig.from_json(config).mappings, key=lambda each: each.range)
     if not mappings:
         raise MigrateReceiveError("Config says nothing of where RAM is")
     if len({each.slot for each in mappings}) < len(mappings):

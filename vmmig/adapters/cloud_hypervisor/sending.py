@@ -12,7 +12,6 @@ from vmmig._native import runs
 from vmmig.adapters.cloud_hypervisor.ram import RamFiles, check_covered, ram_mappings
 from vmmig.adapters.cloud_hypervisor.receiving import url_of
 from vmmig.errors import MigratableError, MigrateSendError, MissingExtraError
-from vmmig.formats import cloud_hypervisor as formats
 from vmmig.formats.cloud_hypervisor import CONFIG, MEMORY, to_parts
 from vmmig.live import MigrationInDoubt
 from vmmig.live.link import Link, PeerError
@@ -127,7 +126,9 @@ class _Sender:
         ram = {id: each for id, each in memory.snapshot_data.items() if _RAM.fullmatch(id)}
         # The rest of what is called so is of the state's tree.
         other = {id: each for id, each in memory.snapshot_data.items() if id not in ram}
-        children = {**root.snapshots, MEMORY: Snapshot(MEMORY, memory.snapshots, other)}
+        children = {id: each for id, each in root.snapshots.items() if id != MEMORY}
+        if other or memory.snapshots:
+            children[MEMORY] = Snapshot(MEMORY, memory.snapshots, other)
         parts = to_parts(Snapshot(root.id, children, root.snapshot_data))
         self.config, self.state = parts.config, parts.state
         self.mappings = self._mappings()
@@ -238,6 +239,6 @@ def is_of_migration(snapshot: Snapshot) -> bool:
     """
     section = snapshot.snapshot_data.get(CONFIG)
     try:
-        return section is not None and bool(formats.ram_mappings(section.snapshot))
+        return section is not None and bool(ram_mappings(bytes(section.snapshot)))
     except MigratableError:
         return False

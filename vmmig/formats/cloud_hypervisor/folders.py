@@ -6,10 +6,9 @@ import errno
 import mmap
 import os
 import stat
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from vmmig._native import address_of
+from vmmig._native import FileMapping, address_of, data_of
 from vmmig.errors import DecodeError, MigrateReceiveError, MigrateSendError
 from vmmig.memory import PAGE_BYTES
 from vmmig.snapshot import Buffer
@@ -20,22 +19,8 @@ _ZEROS = bytes(_BLOCK_BYTES)
 _ZERO_PAGE = bytes(PAGE_BYTES)
 
 
-class FileMapping(mmap.mmap):
-    """A file's bytes, mapped read-only, that still knows where the file has holes."""
-
-    fd: int
-
-    @classmethod
-    def of(cls, fd: int, size: int) -> FileMapping:
-        """All ``size`` bytes of the file ``fd``, which is duplicated."""
-        mapping = cls(fd, size, access=mmap.ACCESS_READ)
-        mapping.fd = os.dup(fd)
-        weakref.finalize(mapping, os.close, mapping.fd)
-        return mapping
-
-
 def map_folder(
-    path: str | os.PathLike[str], known: Callable[[str], object]
+    path: str | os.PathLike[str], known: Callable[[str], object], required: Iterable[str] = ()
 ) -> dict[str, memoryview]:
     """The files of a folder by their names, each mapped read-only.
 
@@ -44,9 +29,10 @@ def map_folder(
     Args:
         path: The folder.
         known: Whether a file may be there; one that may not would be lost, so it is refused.
+        required: The names of those that must be there.
 
     Raises:
-        DecodeError: There is a file that is not known.
+        DecodeError: There is a file that is not known, or one is missing.
         MigrateReceiveError: The folder, or a file in it, cannot be read.
 
     >>> import tempfile, pathlib
@@ -66,6 +52,9 @@ def map_folder(
                         f"{path!r}: a snapshot's folder has no {name!r}, which would be lost; "
                         "move it elsewhere"
                     )
+            for name in required:
+                if name not in names:
+                    raise DecodeError(f"{path!r}: {name!r} is missing")
             return {name: _mapped(folder, name, os.path.join(path, name)) for name in names}
         finally:
             os.close(folder)
@@ -73,23 +62,62 @@ def map_folder(
         raise MigrateReceiveError(explained(error, path)) from error
 
 
-def _mapped(folder: int, name: str, path: str) -> memoryview:
+def map_file(path: str | os.PathLike[str]) -> memoryview:
+    """A file's bytes, mapped read-only.
+
+    Raises:
+        MigrateReceiveError: It cannot be read.
+    """
+    path = path_of(path, MigrateReceiveError)
+    return _mapped(None, path, path)
+
+
+def _mapped(folder: int | None, name: str, path: str) -> memoryview:
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its writer.
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder)
         try:
             status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not stat.S_ISREG(status.st_mode):
-                raise MigrateReceiveError(f"{path!r}: it is not a regular file; remove it")
+                raise MigrateReceiveError(f"{path!r}: it is not a regular file")
             if not status.st_size:
                 return memoryview(b"")
-            return memoryview(FileMapping.of(fd, status.st_size))
+            return memoryview(FileMapping(fd, status.st_size, prot=mmap.PROT_READ))
         finally:
             os.close(fd)
     except OSError as error:
         raise MigrateReceiveError(explained(error, path)) from error
     except ValueError as error:
         raise MigrateReceiveError(f"{path!r}: it shrank while it was opened; try again") from error
+
+
+def bytes_at(view: memoryview, start: int, end: int) -> bytes:
+    """The bytes of a view from ``start`` to ``end``, read by the descriptor if it is of a file.
+
+    So its pages take no memory here, and a file that was cut short does not end the process.
+
+    Raises:
+        MigrateReceiveError: They could not be read.
+
+    >>> bytes_at(memoryview(b"value"), 1, 4)
+    b'alu'
+    """
+    mapping = view.obj
+    if not isinstance(mapping, FileMapping):
+        return bytes(view[start:end])
+    base = address_of(view) - address_of(mapping)
+    try:
+        data = os.pread(mapping.fileno(), end - start, base + start)
+        while len(data) < end - start:
+            more = os.pread(mapping.fileno(), end - start - len(data), base + start + len(data))
+            if not more:
+                raise MigrateReceiveError("the file was cut short while it was read; try again")
+            data += more
+    except OSError as error:
+        raise MigrateReceiveError(error) from error
+    return data
 
 
 def write_folder(
@@ -196,32 +224,24 @@ def _make(parent: int, name: str, files: Mapping[str, Callable[[int], object]]) 
 
 def _data_extents(view: memoryview) -> Iterator[tuple[int, int]]:
     """Where ``view`` may not be zero: what its file has no hole for, if it is of a file."""
-    size, mapping = len(view), view.obj
-    if not size:
+    mapping = view.obj
+    if not len(view):
         return
-    if not isinstance(mapping, FileMapping):
-        yield 0, size
-        return
-    base = address_of(view) - address_of(mapping)
-    at = 0
-    while at < size:
+    if isinstance(mapping, FileMapping):
+        base = address_of(view) - address_of(mapping)
         try:
-            start = os.lseek(mapping.fd, base + at, os.SEEK_DATA) - base
-            end = os.lseek(mapping.fd, base + start, os.SEEK_HOLE) - base
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # There is no more data.
-                return
-            yield at, size
+            for start, end in data_of(mapping.fileno(), base, base + len(view)):
+                yield start - base, end - base
             return
-        if start < size:
-            yield start, min(end, size)
-        at = end
+        except OSError:
+            pass  # Its file system does not say: all of it, then.
+    yield 0, len(view)
 
 
 def _nonzero(view: memoryview, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """The runs of pages that are not zero, as their place and their bytes."""
     for at in range(start, end, _BLOCK_BYTES):
-        block = bytes(view[at : min(at + _BLOCK_BYTES, end)])
+        block = bytes_at(view, at, min(at + _BLOCK_BYTES, end))
         if block == _ZEROS:
             continue
         first = None

@@ -11,25 +11,32 @@ from __future__ import annotations
 import json
 import re
 from codecs import utf_8_decode
+from collections import Counter
 from collections.abc import Set
 from typing import Any, NoReturn
 
 from vmmig.errors import DecodeError
+from vmmig.formats.cloud_hypervisor.folders import bytes_at
 from vmmig.formats.cloud_hypervisor.integers import decode_integers
 from vmmig.snapshot import Buffer, raw_view
 
 MAX_VALUE_BYTES = 16 << 20
 """The longest value that is parsed as a whole: parsed, it takes up to thirty times as much."""
 
+_FIRST_BYTES = 1 << 12
 _PIECE_BYTES = 1 << 16
-_MAX_DIGITS = 4000
 # The longest piece of a value that can be cut off and is not a string: "\\ud83d\\ude00", -Infinity.
 _CUT_CHARS = 16
+_LAST_SPACE = ord(" ")
 _SPACE = re.compile(rb"[ \t\n\r]*+")
 # The possessive repeats keep nothing to come back to, so that a string of any length costs no
 # memory besides itself.
+_PLAIN_STRING = re.compile(rb'"([^"\\\x00-\x1f\x80-\xff]*+)"')
+_PLAIN_KEY = re.compile(rb'(,?)[ \t\n\r]*+"([^"\\\x00-\x1f\x80-\xff]*+)"[ \t\n\r]*+:[ \t\n\r]*+')
 _STRING = re.compile(rb'"(?:[^"\\]++|\\[\s\S])*+"')
-_INTEGER = re.compile(rb"\s*+(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])\s*+(?:,|\Z)")
+_INTEGER = re.compile(
+    rb"[ \t\n\r]*+(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])[ \t\n\r]*+(?:,|\Z)"
+)
 
 
 class JsonScanner:
@@ -60,10 +67,12 @@ class JsonScanner:
     @property
     def at(self) -> int:
         """The byte at which the next piece begins, white space skipped."""
-        match = _SPACE.match(self._text, self._at)
-        assert match is not None
-        self._at = match.end()
-        return self._at
+        at = self._at
+        if at < self._size and self._text[at] <= _LAST_SPACE:
+            match = _SPACE.match(self._text, at)
+            assert match is not None
+            self._at = at = match.end()
+        return at
 
     def begin(self, bracket: str) -> None:
         """Take the opening ``bracket`` of an object or a list."""
@@ -82,6 +91,12 @@ class JsonScanner:
         if following == "}":
             self._at += 1
             return None
+        match = _PLAIN_KEY.match(self._text, self._at)
+        if match is not None and bool(match[1]) == bool(seen):
+            plain = match[2].decode()
+            if plain not in seen:
+                self._at = match.end()
+                return plain
         if seen:
             if following != ",":
                 self.fail(f"a comma or a closing brace must stand here, not {self._shown()}")
@@ -98,6 +113,10 @@ class JsonScanner:
     def string(self) -> str:
         """The string that stands here."""
         at = self.at
+        match = _PLAIN_STRING.match(self._text, at)
+        if match is not None:
+            self._at = match.end()
+            return match[1].decode()
         match = _STRING.match(self._text, at)
         if match is None:
             closed = self._next() == '"'
@@ -130,7 +149,7 @@ class JsonScanner:
     def value(self) -> bytes:
         """Any value that stands here, as the text it is."""
         at = self.at
-        window_bytes = 1 << 12
+        window_bytes = _FIRST_BYTES
         while True:
             whole = at + window_bytes >= self._size
             piece = bytes(self._text[at : at + window_bytes])
@@ -144,7 +163,7 @@ class JsonScanner:
                 if whole or error.place < len(text) - _CUT_CHARS:
                     self.fail(error.what, at + len(text[: error.place].encode()))
             else:
-                if whole or end < len(text):
+                if whole or end < len(text) - _CUT_CHARS:
                     raw = text[:end].encode()
                     self._at = at + len(raw)
                     return raw
@@ -159,22 +178,30 @@ class JsonScanner:
             self._at += 1
             return b""
         data = bytearray()
+        piece_bytes = _FIRST_BYTES
         while True:
-            at = self.at
-            piece = bytes(self._text[at : at + _PIECE_BYTES])
+            # To look at the mapping itself would bring it into memory, page by page.
+            at = self._at
+            piece = bytes_at(self._text, at, min(at + piece_bytes, self._size))
             end = piece.find(b"]")
             last = end >= 0
             if not last:
                 end = piece.rfind(b",")
-                if end < 0:
-                    self.fail("the list of bytes that goes on here does not end")
+            if end < 0:
+                if piece_bytes == _PIECE_BYTES or len(piece) < piece_bytes:
+                    self._blame(piece, at)
+                piece_bytes = _PIECE_BYTES
+                continue
             decoded = decode_integers(piece[:end])
             if decoded is None:
                 self._blame(piece[:end], at)
-            data += decoded
             self._at = at + end + 1
+            if last and not data:
+                return decoded
+            data += decoded
             if last:
                 return memoryview(data).toreadonly()
+            piece_bytes = _PIECE_BYTES
 
     def end(self) -> None:
         """Nothing, if nothing follows."""
@@ -193,8 +220,6 @@ class JsonScanner:
         place = 0
         while match := _INTEGER.match(piece, place):
             place = match.end()
-            if place == len(piece) and not piece.endswith(b","):
-                break
         self._at = at + place
         self._at = min(self.at, at + len(piece))
         self.fail(f"a byte from 0 to 255 must stand here, not {self._shown()}")
@@ -233,7 +258,13 @@ def _parsed(text: str) -> tuple[Any, int]:
             place is at its end.
     """
     try:
-        parsed: tuple[Any, int] = _DECODER.scan_once(text, 0)
+        parsed: tuple[Any, int]
+        try:
+            parsed = _DECODER.scan_once(text, 0)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # Python makes no integer of thousands of digits.
+            parsed = _DECODER_OF_LONG_INTEGERS.scan_once(text, 0)
         return parsed
     except StopIteration as error:
         raise _NotJsonError("a value must stand here", error.value) from None
@@ -249,20 +280,16 @@ def _parsed(text: str) -> tuple[Any, int]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise _RefusedError(f"the key {json.dumps(twice)[:80]} is there more than once")
     return made
-
-
-def _integer(digits: str) -> int | float:
-    return int(digits) if len(digits) < _MAX_DIGITS else float(digits)
 
 
 def _constant(name: str) -> NoReturn:
     raise _RefusedError(f"there is {name}, which is no JSON")
 
 
-_DECODER: Any = json.JSONDecoder(
-    object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
+_DECODER: Any = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_DECODER_OF_LONG_INTEGERS: Any = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_constant, parse_int=float
 )

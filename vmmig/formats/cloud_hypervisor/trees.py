@@ -7,12 +7,14 @@ node, as one JSON object of the text as it was found, and put back where it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from typing import Literal, TypeVar
 
 import attrs
 
 from vmmig.errors import DecodeError, SnapshotError
+from vmmig.formats.cloud_hypervisor.folders import bytes_at
 from vmmig.formats.cloud_hypervisor.integers import encode_integers
 from vmmig.formats.cloud_hypervisor.scanning import JsonScanner
 from vmmig.snapshot import (
@@ -24,11 +26,16 @@ from vmmig.snapshot import (
     raw_view,
 )
 
+MEMORY = "memory"
+"""The root's child that has the RAM, which stands in other files than the tree."""
+
 STATE = "state"
 """The section of a node of today's trees that has its state, a text."""
 
 REST = "$rest"
 """The section that has what a node's JSON has and the tree has not: a JSON object."""
+
+_T = TypeVar("_T")
 
 Generation = Literal["2020", "today"]
 
@@ -41,7 +48,7 @@ class _Open:
 
     node: Snapshot
     seen: set[str] = attrs.field(factory=set)
-    rest: list[bytes] = attrs.field(factory=list)
+    rest: dict[str, bytes] = attrs.field(factory=dict)
     inside: bool = False
     """Whether its children are being read, rather than its own keys."""
 
@@ -89,7 +96,7 @@ def decode_tree(text: Buffer, name: str, generation: Generation, root_id: str = 
         elif key == "snapshot_data":
             rest = (_state if generation == "today" else _sections)(scanner, top.node)
             if rest is not None:
-                top.rest.append(b'"snapshot_data":' + rest)
+                top.rest["snapshot_data"] = rest
         elif key == "id" and generation == "2020":
             at = scanner.at
             id = scanner.string()
@@ -98,14 +105,17 @@ def decode_tree(text: Buffer, name: str, generation: Generation, root_id: str = 
             elif id != top.node.id:
                 scanner.fail(f"the id is {_shown(id)} under the key {_shown(top.node.id)}", at)
         else:
-            top.rest.append(_member(key, scanner.value()))
+            top.rest[key] = scanner.value()
         top.seen.add(key)
     scanner.end()
     return root
 
 
 def encode_tree(root: Snapshot, generation: Generation) -> Iterator[bytes]:
-    """The JSON text of a tree, piece by piece; a large section takes no more than a piece.
+    """The JSON text of a valid tree, piece by piece, in the order of the ids.
+
+    No more than a piece of a large section is in memory at a time; and equal trees give equal
+    texts.
 
     Raises:
         SnapshotError: The tree cannot be written so; says where and why.
@@ -113,10 +123,9 @@ def encode_tree(root: Snapshot, generation: Generation) -> Iterator[bytes]:
     >>> b"".join(encode_tree(Snapshot("vm"), "2020"))
     b'{"id":"vm","snapshots":{},"snapshot_data":{}}'
     """
-    flatten(root)
     yield from _head(SnapshotPath(), root, generation)
     # Each open node's children that are to come.
-    stack = [(root, SnapshotPath(), iter(root.snapshots.values()))]
+    stack = [(root, SnapshotPath(), _sorted(root.snapshots))]
     first = True
     while stack:
         node, place, children = stack[-1]
@@ -126,13 +135,65 @@ def encode_tree(root: Snapshot, generation: Generation) -> Iterator[bytes]:
             key = _text(child.id, below)
             yield (b"" if first else b",") + key + b":"
             yield from _head(below, child, generation)
-            stack.append((child, below, iter(child.snapshots.values())))
+            stack.append((child, below, _sorted(child.snapshots)))
             first = True
         else:
             yield b"}"
             yield from _tail(place, node, generation)
             stack.pop()
             first = False
+
+
+def with_memory(
+    snapshot: Snapshot, memory: Mapping[str, Buffer], generation: Generation
+) -> Snapshot:
+    """The tree with RAM added to it: sections of the root's child `MEMORY`.
+
+    >>> tree = with_memory(Snapshot("vm"), {"memory-region-0": bytes(4096)}, "2020")
+    >>> tree.find("memory")
+    Snapshot('memory', snapshot_data: ['memory-region-0': 4096 bytes])
+    """
+    if not memory:
+        return snapshot
+    node = snapshot.snapshots.get(MEMORY)
+    if node is None:
+        node = Snapshot(MEMORY)
+        snapshot.add_snapshot(node)
+    elif not node.snapshot_data and not node.snapshots:
+        # The text has an empty node of this name, of which else nothing would tell.
+        rest = b"{}" if generation == "2020" else b'{"snapshot_data":null}'
+        node.add_data_section(SnapshotDataSection(REST, rest))
+    for id, payload in memory.items():
+        node.add_data_section(SnapshotDataSection(id, payload))
+    return snapshot
+
+
+def split_memory(
+    snapshot: Snapshot, is_memory: Callable[[str], bool]
+) -> tuple[Snapshot, dict[str, Buffer]]:
+    """The tree without its RAM, and the RAM: the reverse of `with_memory`.
+
+    Args:
+        snapshot: A tree, which stays as it is.
+        is_memory: Whether a section of the child `MEMORY` is RAM, by its id.
+
+    Raises:
+        SnapshotError: The tree is not valid.
+    """
+    flatten(snapshot)
+    node = snapshot.snapshots.get(MEMORY)
+    if node is None:
+        return snapshot, {}
+    memory = {id: held.snapshot for id, held in node.snapshot_data.items() if is_memory(id)}
+    if not memory:
+        return snapshot, {}
+    root = copy(snapshot)
+    own = {id: held for id, held in node.snapshot_data.items() if not is_memory(id)}
+    if own or node.snapshots:
+        root.snapshots[MEMORY] = Snapshot(MEMORY, node.snapshots, own)
+    else:
+        del root.snapshots[MEMORY]
+    return root, memory
 
 
 def _head(place: SnapshotPath, node: Snapshot, generation: Generation) -> Iterator[bytes]:
@@ -152,7 +213,7 @@ def _tail(place: SnapshotPath, node: Snapshot, generation: Generation) -> Iterat
     else:
         yield from _encoded_state(place, node, data)
     for key, value in rest.items():
-        if key in ("id", "snapshots") and (generation == "2020" or key == "snapshots"):
+        if key == "snapshots" or (key == "id" and generation == "2020"):
             raise SnapshotError(f"{place.section(REST)}: {key!r} is what the tree itself has")
         yield b"," + _member(key, value)
     yield b"}"
@@ -186,7 +247,8 @@ def _encoded_state(place: SnapshotPath, node: Snapshot, data: bytes | None) -> I
 def _encoded_sections(place: SnapshotPath, node: Snapshot, data: bytes | None) -> Iterator[bytes]:
     others = {} if data is None else _members(data, place)
     comma = b""
-    for id, section in node.snapshot_data.items():
+    for section in _sorted(node.snapshot_data):
+        id = section.id
         if id == REST:
             continue
         name = _text(id, place)
@@ -196,7 +258,8 @@ def _encoded_sections(place: SnapshotPath, node: Snapshot, data: bytes | None) -
         for start in range(0, len(view), _ENCODED_BYTES):
             if start:
                 yield b","
-            yield encode_integers(bytes(view[start : start + _ENCODED_BYTES]))
+            end = min(start + _ENCODED_BYTES, len(view))
+            yield encode_integers(bytes_at(view, start, end))
         yield b"]"
         for key, value in _members(others.get(id, b"{}"), place).items():
             if key not in ("id", "snapshot"):
@@ -210,20 +273,19 @@ def _close(scanner: JsonScanner, top: _Open, generation: Generation) -> None:
         if key not in top.seen:
             scanner.fail(f"the object that ends here has no {key!r}")
     if generation == "today":
-        usual = [] if STATE in top.node.snapshot_data else [b'"snapshot_data":null']
+        usual = {} if STATE in top.node.snapshot_data else {"snapshot_data": b"null"}
         keep = top.rest != usual
     else:
         keep = bool(top.rest)
     if keep:
-        rest = b"{" + b",".join(top.rest) + b"}"
-        top.node.add_data_section(SnapshotDataSection(REST, rest))
+        top.node.add_data_section(SnapshotDataSection(REST, _joined(top.rest)))
 
 
 def _state(scanner: JsonScanner, node: Snapshot) -> bytes | None:
     """Read today's data of a node; what there is besides the state."""
     if scanner.is_null():
         return b"null"
-    rest: list[bytes] = []
+    rest: dict[str, bytes] = {}
     seen: set[str] = set()
     scanner.begin("{")
     while (key := scanner.key(seen)) is not None:
@@ -231,13 +293,13 @@ def _state(scanner: JsonScanner, node: Snapshot) -> bytes | None:
         if key == STATE:
             node.add_data_section(SnapshotDataSection(STATE, scanner.string().encode()))
         else:
-            rest.append(_member(key, scanner.value()))
-    return b"{" + b",".join(rest) + b"}" if rest or STATE not in seen else None
+            rest[key] = scanner.value()
+    return _joined(rest) if rest or STATE not in seen else None
 
 
 def _sections(scanner: JsonScanner, node: Snapshot) -> bytes | None:
     """Read the data of a node of 2020; what there is besides the sections."""
-    rest: list[bytes] = []
+    rest: dict[str, bytes] = {}
     scanner.begin("{")
     sections: set[str] = set()
     while (id := scanner.key(sections)) is not None:
@@ -247,7 +309,7 @@ def _sections(scanner: JsonScanner, node: Snapshot) -> bytes | None:
                 f"no section can be called {REST!r} here: it is where unknown keys are kept"
             )
         seen: set[str] = set()
-        others: list[bytes] = []
+        others: dict[str, bytes] = {}
         scanner.begin("{")
         while (key := scanner.key(seen)) is not None:
             seen.add(key)
@@ -259,13 +321,13 @@ def _sections(scanner: JsonScanner, node: Snapshot) -> bytes | None:
             elif key == "snapshot":
                 node.add_data_section(SnapshotDataSection(id, scanner.byte_list()))
             else:
-                others.append(_member(key, scanner.value()))
+                others[key] = scanner.value()
         for required in ("id", "snapshot"):
             if required not in seen:
                 scanner.fail(f"the section that ends here has no {required!r}")
         if others:
-            rest.append(_member(id, b"{" + b",".join(others) + b"}"))
-    return b"{" + b",".join(rest) + b"}" if rest else None
+            rest[id] = _joined(others)
+    return _joined(rest) if rest else None
 
 
 def _rest_of(place: SnapshotPath, node: Snapshot) -> dict[str, bytes]:
@@ -291,8 +353,16 @@ def _members(text: Buffer, place: SnapshotPath) -> dict[str, bytes]:
     return members
 
 
+def _joined(members: Mapping[str, bytes]) -> bytes:
+    return b"{" + b",".join(_member(key, members[key]) for key in sorted(members)) + b"}"
+
+
 def _member(key: str, value: bytes) -> bytes:
     return json.dumps(key, ensure_ascii=False).encode() + b":" + value
+
+
+def _sorted(held: dict[str, _T]) -> Iterator[_T]:
+    return (held[id] for id in sorted(held))
 
 
 def _text(text: str, place: SnapshotPath) -> bytes:
