@@ -9,6 +9,7 @@ import random
 import resource
 import socket
 import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import cloud_hypervisor_peer as peer
 from tests.cloud_hypervisor_peer import (
@@ -224,6 +227,91 @@ def test_what_is_zero_takes_no_room(tmp_path: Path) -> None:
     assert other.read(40 << 20, 4) == b"code"
     receiving.close()
     vm.close()
+
+
+slots = st.lists(
+    st.fixed_dictionaries(
+        {
+            "slot": st.integers(0, (1 << 32) - 1),
+            "gap": st.sampled_from([0, 0, PAGE, PAGE << 20]),
+            "size": st.integers(1, 40).map(lambda pages: pages * PAGE),
+            "offset": st.integers(0, 2).map(lambda pages: pages * PAGE),
+            "is_behind": st.booleans(),
+            "writes": st.lists(st.integers(0, PAGE - 9), max_size=3),
+        }
+    ),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda each: each["slot"],
+)
+
+
+def vm_of(parts: list[dict[str, Any]]) -> Vm:
+    """Slots of any number, each alone in a descriptor, or behind the one before in the same."""
+    mappings: list[dict[str, int]] = []
+    fds: dict[int, int] = {}
+    gpa = 0
+    for part in parts:
+        gpa += part["gap"] if mappings else 0
+        offset = part["offset"]
+        if mappings and part["is_behind"]:
+            fd = os.dup(fds[mappings[-1]["slot"]])
+            offset += os.fstat(fd).st_size
+        else:
+            fd = os.memfd_create("ram", os.MFD_CLOEXEC)
+        os.ftruncate(fd, offset + part["size"])
+        fds[part["slot"]] = fd
+        place = {"slot": part["slot"], "gpa": gpa, "size": part["size"], "file_offset": offset}
+        mappings.append(place)
+        gpa += part["size"]
+    vm = Vm(sorted(mappings, key=lambda each: each["slot"]), fds, {})
+    for part, each in zip(parts, mappings, strict=True):
+        for at in part["writes"]:
+            vm.write(each["gpa"] + each["size"] - PAGE + at, b"not zero")
+    return vm
+
+
+@settings(max_examples=25)
+@given(slots, st.booleans(), st.booleans())
+def test_any_ram_is_stored_and_restored(
+    parts: list[dict[str, Any]], local: bool, copies: bool
+) -> None:
+    vm = vm_of(parts)
+    with tempfile.TemporaryDirectory() as folder:
+        path = stored(Path(folder), vm, local=local)
+        receiving = Receiving(Path(folder))
+        offload_restore(receiving.path, path, hand_over=not copies)
+        assert receiving.vm().ram() == vm.ram()
+        assert receiving.vm().config() == vm.config()
+        receiving.close()
+    vm.close()
+
+
+def test_what_was_stored_is_a_folder_too(vm: Vm, tmp_path: Path) -> None:
+    path = stored(tmp_path, vm)
+    formats.write(recv(path), tmp_path / "folder")
+    send(formats.read(tmp_path / "folder"), path)
+    receiving = Receiving(tmp_path)
+    offload_restore(receiving.path, path)
+    assert receiving.vm().ram() == vm.ram()
+    assert receiving.destination.requests[4][1] == vm.config()
+    receiving.close()
+
+
+def test_a_part_of_the_state_may_be_called_as_the_ram_is(vm: Vm, tmp_path: Path) -> None:
+    leaf = {"snapshots": {}, "snapshot_data": {"state": "{}"}}
+    state = {"snapshots": {"memory": {**leaf, "snapshots": {"0x0": leaf}}}, "snapshot_data": None}
+    saving = Saving(tmp_path)
+    with connected(saving.path) as sock:
+        began(vm, sock, 3)
+        asked(sock, framed(STATE, json.dumps(state).encode()))
+        asked(sock, header(COMPLETE))
+    saving.result()
+    receiving = Receiving(tmp_path)
+    offload_restore(receiving.path, tmp_path / "vm.vmsnap")
+    assert receiving.vm().ram() == vm.ram()
+    assert json.loads(receiving.destination.requests[5][1]) == state
+    receiving.close()
 
 
 def test_to_an_object_store_and_from_there(vm: Vm, tmp_path: Path) -> None:
