@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import vmmig
@@ -409,7 +409,7 @@ send([b"old"], "vm", total_bytes=3)
 
 def save(name, size):
     try:
-        send([bytes(size)], name, total_bytes=size)
+        send([b"x" * size], name, total_bytes=size)
         answer = "saved"
     except MigrateSendError as error:
         answer = str(error)
@@ -650,3 +650,25 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(MigrateReceiveError, match=r"vm\.vmsnap': .*truncated: 1 of") as caught:
         vmmig.recv(path)
     assert isinstance(caught.value.__cause__, DecodeError)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.sampled_from([0, 1, 65]), st.integers(0, 3 << 16)), max_size=8))
+def test_runs_of_zeros_become_holes_and_are_still_zeros(parts: list[tuple[int, int]]) -> None:
+    chunks = [bytes([value]) * size for value, size in parts]
+    chunks.append(b"".join(chunks))
+    whole = b"".join(chunks)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/vm"
+        transport.send(chunks, path, total_bytes=len(whole))
+        assert bytes(transport.recv(path)) == whole
+        if len(whole) >= 1 << 18 and not any(whole):
+            assert os.stat(path).st_blocks * 512 < len(whole)
+
+
+def test_a_file_of_zeros_takes_no_room(tmp_path: Path) -> None:
+    path = tmp_path / "vm"
+    transport.send([b"a", bytes(8 * MIB), b"b", bytes(8 * MIB)], path, total_bytes=16 * MIB + 2)
+    assert path.stat().st_size == 16 * MIB + 2
+    assert path.stat().st_blocks * 512 <= 1 << 16
+    assert path.read_bytes() == b"a" + bytes(8 * MIB) + b"b" + bytes(8 * MIB)

@@ -172,6 +172,30 @@ def pwrite_pieces(
         offset += written * piece_bytes
 
 
+GRAIN_BYTES = 1 << 16
+_ZEROS = bytes(GRAIN_BYTES)
+
+
+def runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
+    """A view of bytes in runs of zeros, by 64 KiB, and of other bytes: (start, end, zeros).
+
+    >>> [*runs(memoryview(bytes(GRAIN_BYTES) + b"code" + bytes(GRAIN_BYTES)))]
+    [(0, 65536, True), (65536, 131072, False), (131072, 131076, True)]
+    """
+    if not view:
+        return
+    memcmp, address, zeros = libc().memcmp, address_of(view), address_of(_ZEROS)
+    start, was_zero = 0, None
+    for at in range(0, len(view), GRAIN_BYTES):
+        size = min(GRAIN_BYTES, len(view) - at)
+        is_zero = not view[at] and not memcmp(address + at, zeros, size)
+        if was_zero not in (None, is_zero):
+            yield start, at, not is_zero
+            start = at
+        was_zero = is_zero
+    yield start, len(view), bool(was_zero)
+
+
 class FileMapping(mmap.mmap):
     """A mapping with the descriptor of what it maps, which lives as long as the mapping.
 

@@ -58,6 +58,7 @@ vmmig.places = {
     "migrate": "vmmig.cli.live:migrate",
     "receive": "vmmig.cli.live:receive",
     "simulate": "vmmig.cli.live:simulate",
+    "offload": "vmmig.cli.offload:offload",
     "schema": "vmmig.cli.schemas:schema",
     "compat": "vmmig.cli.schemas:compat",
     "inspect": "vmmig.cli.inspecting:inspect",

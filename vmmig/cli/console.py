@@ -45,7 +45,10 @@ class Group(click.Group):
             return None
         if cmd_name not in self.commands:
             module, _, name = self.places[cmd_name].partition(":")
-            self.add_command(_verbose(getattr(importlib.import_module(module), name)), cmd_name)
+            command = getattr(importlib.import_module(module), name)
+            for each in command.commands.values() if isinstance(command, click.Group) else [command]:
+                _verbose(each)
+            self.add_command(command, cmd_name)
         return self.commands[cmd_name]
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmmig.cli.console import CancelOnSignals, Show, showing_progress
-from vmmig.cli.urls import options_for, scheme_of, with_url_options
+from vmmig.cli.urls import as_json_lines, compress, options_for, scheme_of, with_url_options
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
 from vmmig.transfer import Options, Progress, Stage, Transfer, shown_url
 
@@ -23,27 +23,12 @@ _PIPE = "-"
 _PIECE_BYTES = 1 << 20
 
 
-_json = click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print progress, and at the end the result, as JSON, one object a line.",
-)
-
-
 @click.command(short_help="Send a snapshot file to a URL.")
 @click.argument("source", type=click.Path(allow_dash=True))
 @click.argument("url")
 @with_url_options
-@_json
-@click.option(
-    "--compress",
-    "compression",
-    is_flag=False,
-    flag_value="zstd",
-    metavar="[zstd:LEVEL]",
-    help="Compress what is large and shrinks, by Zstandard; level 1 to 19. [default: 1]",
-)
+@as_json_lines
+@compress
 def send(source: str, url: str, as_json: bool, compression: str | None, **options: Any) -> None:
     """Check the snapshot file SOURCE, and send it to URL.
 
@@ -70,7 +55,7 @@ def send(source: str, url: str, as_json: bool, compression: str | None, **option
 @click.argument("url")
 @click.argument("destination", type=click.Path(allow_dash=True))
 @with_url_options
-@_json
+@as_json_lines
 def recv(url: str, destination: str, as_json: bool, **options: Any) -> None:
     """Fetch a snapshot from URL, check it, and write it to the file DESTINATION.
 

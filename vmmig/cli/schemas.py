@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from vmmig.cli.console import print_error
+from vmmig.cli.console import fails_with
 from vmmig.errors import MigratableError, MissingExtraError
 from vmmig.schema import Break, Schema, compare, load_schema, schema_of
 from vmmig.snapshot import Snapshot
@@ -95,14 +95,9 @@ def compat(old: str, newer: tuple[str, ...], direction: str, examples: int, as_j
     what one release takes from another is known to be taken by a third. Where the newest is code,
     states are made up for each state of the older ones, and must be taken (extra `testing`).
     """
-    try:
-        sides = [_side(name) for name in (old, *newer)]
-        breaks = _unique(_breaks(sides, direction.replace("-", " "), examples))
-    except MissingExtraError:
-        raise
-    except MigratableError as error:
-        print_error(error)
-        sys.exit(_FAILED)
+    fails_with(_FAILED)
+    sides = [_side(name) for name in (old, *newer)]
+    breaks = _unique(_breaks(sides, direction.replace("-", " "), examples))
     for problem in breaks:
         click.echo(json.dumps(problem._asdict()) if as_json else str(problem))
     sys.exit(min(len(breaks), _MOST))

@@ -50,6 +50,21 @@ _OPTIONS = (
     ),
 )
 
+as_json_lines = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print progress, and at the end the result, as JSON, one object a line.",
+)
+compress = click.option(
+    "--compress",
+    "compression",
+    is_flag=False,
+    flag_value="zstd",
+    metavar="[zstd:LEVEL]",
+    help="Compress what is large and shrinks, by Zstandard; level 1 to 19. [default: 1]",
+)
+
 
 def with_url_options(function: _F) -> _F:
     """Add ``--timeout``, ``--tls`` and ``--token-file`` to a command."""

@@ -10,6 +10,7 @@ from typing import IO, Any, NoReturn
 
 from vmmig.codec.layout import CHUNK_BYTES
 from vmmig.errors import DecodeError, MissingExtraError, SnapshotError
+from vmmig.foreign import piece, pieces
 
 # What RFC 8878 recommends that every decoder supports, and what level 19 needs.
 _MAX_WINDOW_LOG = 23
@@ -202,8 +203,8 @@ def _compress(library: Any, view: memoryview, level: int, held: _Held) -> tuple[
         options[parameter.nb_workers] = min(2, parameter.nb_workers.bounds()[1])
     frame = library.ZstdCompressor(options=options)
     most_bytes = view.nbytes - view.nbytes // 16
-    for at in range(0, view.nbytes, CHUNK_BYTES):
-        held.write(frame.compress(view[at : at + CHUNK_BYTES]))
+    for chunk in pieces(view, CHUNK_BYTES):
+        held.write(frame.compress(chunk))
         if held.file.tell() - start > most_bytes:
             break
     else:
@@ -222,5 +223,5 @@ def _shrinks_in_samples(library: Any, view: memoryview) -> bool:
         return True
     last = view.nbytes - _SAMPLE_BYTES
     starts = [last * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
-    made = sum(len(library.compress(view[at : at + _SAMPLE_BYTES], 1)) for at in starts)
+    made = sum(len(library.compress(piece(view, at, at + _SAMPLE_BYTES), 1)) for at in starts)
     return made <= _SAMPLES * _SAMPLE_BYTES * 15 // 16

@@ -22,6 +22,7 @@ from vmmig.codec.layout import (
     write_header,
 )
 from vmmig.errors import MigratableError, SnapshotError
+from vmmig.foreign import pieces
 from vmmig.snapshot import MAX_NODES, Columns, Snapshot, flatten, raw_view
 
 
@@ -149,8 +150,7 @@ class Encoding:
         for view, alignment in self._large:
             yield bytes(-end % alignment)
             end += -end % alignment + view.nbytes
-            for start in range(0, view.nbytes, CHUNK_BYTES):
-                chunk = view[start : start + CHUNK_BYTES]
+            for chunk in pieces(view, CHUNK_BYTES):
                 sums.append(checksum(chunk))
                 yield chunk
         yield b"".join(self._table(sums))

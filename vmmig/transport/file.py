@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from vmmig._native import GRAIN_BYTES, runs
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
 from vmmig.transfer import Transfer, flat_view
 
@@ -144,7 +145,13 @@ def check_destination(url: str | os.PathLike[str]) -> None:
         raise MigrateSendError(explained(error, path)) from error
 
 
-def write_chunks(fd: int, chunks: Iterable[Buffer], advance: Callable[[int], object] = int) -> int:
+def write_chunks(
+    fd: int,
+    chunks: Iterable[Buffer],
+    advance: Callable[[int], object] = int,
+    *,
+    sparsely: bool = False,
+) -> int:
     """Write ``chunks``, one behind the other, in large writes; many small ones take one call.
 
     Args:
@@ -152,6 +159,7 @@ def write_chunks(fd: int, chunks: Iterable[Buffer], advance: Callable[[int], obj
         chunks: Contiguous bytes-like objects; memoryviews in C order, of a native format. What
             they show must not change before the return.
         advance: Is told how many bytes are written, batch by batch.
+        sparsely: The descriptor is of a new file: leave a hole for a large chunk of zeros.
 
     Returns:
         How many bytes were written: all there were.
@@ -166,10 +174,14 @@ def write_chunks(fd: int, chunks: Iterable[Buffer], advance: Callable[[int], obj
     b'two chunks'
     """
     written_bytes = started_bytes = 0
-    for batch in _batches(chunks):
+    for batch, is_hole in _batches(chunks, sparsely):
         batch_bytes = sum(map(len, batch))
         written_bytes += batch_bytes
-        _write_all(fd, batch)
+        if is_hole:
+            os.ftruncate(fd, written_bytes)
+            os.lseek(fd, written_bytes, os.SEEK_SET)
+        else:
+            _write_all(fd, batch)
         advance(batch_bytes)
         behind_bytes = written_bytes - started_bytes
         if behind_bytes >= _WRITE_BYTES:
@@ -272,7 +284,8 @@ def _replace(folder: int, name: str, chunks: Iterable[Buffer], transfer: Transfe
         with open(part, "xb", buffering=0, opener=opener) as file:
             os.fchmod(file.fileno(), 0o600)
             transfer.enter("transferring")
-            write_chunks(file.fileno(), transfer.views(chunks), transfer.advance)
+            views = transfer.views(chunks)
+            write_chunks(file.fileno(), views, transfer.advance, sparsely=True)
             transfer.enter("confirming")
             os.fsync(file.fileno())
         transfer.check()
@@ -287,23 +300,32 @@ def _replace(folder: int, name: str, chunks: Iterable[Buffer], transfer: Transfe
         raise
 
 
-def _batches(chunks: Iterable[Buffer]) -> Iterator[list[memoryview]]:
+def _batches(chunks: Iterable[Buffer], sparsely: bool) -> Iterator[tuple[list[memoryview], bool]]:
+    """The chunks in lists to be written at once; and whether, instead, a hole is to be left."""
     batch: list[memoryview] = []
     room_bytes = _WRITE_BYTES
     for chunk in chunks:
         view = flat_view(chunk)
-        while len(view) >= room_bytes:
-            yield [*batch, view[:room_bytes]]
-            view = view[room_bytes:]
-            batch, room_bytes = [], _WRITE_BYTES
-        if view:
-            batch.append(view)
-            room_bytes -= len(view)
-            if len(batch) == _WRITE_BUFFERS:
-                yield batch
+        for start, end, is_zero in runs(view) if sparsely else [(0, len(view), False)]:
+            run = view[start:end]
+            if is_zero and len(run) >= GRAIN_BYTES:
+                if batch:
+                    yield batch, False
+                yield [run], True
                 batch, room_bytes = [], _WRITE_BYTES
+                continue
+            while len(run) >= room_bytes:
+                yield [*batch, run[:room_bytes]], False
+                run = run[room_bytes:]
+                batch, room_bytes = [], _WRITE_BYTES
+            if run:
+                batch.append(run)
+                room_bytes -= len(run)
+                if len(batch) == _WRITE_BUFFERS:
+                    yield batch, False
+                    batch, room_bytes = [], _WRITE_BYTES
     if batch:
-        yield batch
+        yield batch, False
 
 
 def _write_all(fd: int, batch: list[memoryview]) -> None:
