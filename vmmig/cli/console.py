@@ -46,7 +46,9 @@ class Group(click.Group):
         if cmd_name not in self.commands:
             module, _, name = self.places[cmd_name].partition(":")
             command = getattr(importlib.import_module(module), name)
-            for each in command.commands.values() if isinstance(command, click.Group) else [command]:
+            for each in (
+                command.commands.values() if isinstance(command, click.Group) else [command]
+            ):
                 _verbose(each)
             self.add_command(command, cmd_name)
         return self.commands[cmd_name]

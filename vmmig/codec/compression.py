@@ -153,8 +153,8 @@ class DecompressionInto(Decompression):
         Raises:
             DecodeError: As `pieces`.
         """
-        for piece in self.pieces(stored):
-            self._memory[self._made_bytes - len(piece) : self._made_bytes] = piece
+        for made in self.pieces(stored):
+            self._memory[self._made_bytes - len(made) : self._made_bytes] = made
 
 
 class _Held:

@@ -28,7 +28,7 @@ _FORMATS = {
     "qemu": "vmmig.formats.qemu",
     "cloud-hypervisor": "vmmig.formats.cloud_hypervisor",
     "cloud-hypervisor-2020": "vmmig.formats.cloud_hypervisor:FOLDER_2020",
-    "json": "vmmig.formats.json_tree",
+    "json": "vmmig.formats.cloud_hypervisor:SEED_JSON",
     "msgpack": "vmmig.formats.msgpack_tree",
 }
 """Module, and after a colon the object in it; the order is that in which they sniff."""
