@@ -53,10 +53,12 @@ def sniff(path: Path) -> bool:
     False
     """
     try:
-        with path.open("rb") as stream:
-            return path.is_file() and stream.read(len(_HEAD)) == _HEAD
-    except OSError:
-        return False
+        if path.is_file():
+            with path.open("rb") as stream:
+                return stream.read(len(_HEAD)) == _HEAD
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def read(path: Path) -> Snapshot:
