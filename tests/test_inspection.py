@@ -21,7 +21,6 @@ from vmmig import (
 )
 from vmmig.codec import Container
 from vmmig.editing import edited
-from vmmig.formats import STATE_MAGIC
 from vmmig.inspection import (
     Comparison,
     changed_pages,
@@ -30,6 +29,7 @@ from vmmig.inspection import (
     open_snapshot,
     page_map,
 )
+from vmmig.state.wire import MAGIC as STATE_MAGIC
 
 MIB = 1 << 20
 PAGE = 4096
@@ -241,7 +241,7 @@ def test_fields_are_set_and_all_else_is_kept(monkeypatch):
 
 
 def test_a_typed_states_field_is_set_in_its_own_bytes():
-    from vmmig.codec.fields import with_field
+    from vmmig.state.fields import with_field
 
     changed = msgpack.unpackb(with_field(STATE, ["rip"], 32)[5:])
     expected = msgpack.unpackb(STATE[5:])

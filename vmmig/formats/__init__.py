@@ -19,7 +19,6 @@ from typing import Any, Protocol, cast
 
 import attrs
 
-from vmmig.codec.fields import STATE_MAGIC, set_at, with_field
 from vmmig.errors import DecodeError, MigratableError, RestoreError
 from vmmig.snapshot import Snapshot, raw_view
 
@@ -35,6 +34,7 @@ _FORMATS = {
 
 _SUFFIXES = {".vmsnap": "vmmig", ".json": "json", ".msgpack": "msgpack", ".qemu": "qemu"}
 
+_STATE_MAGIC = b"vmst"
 _MAX_JSON_BYTES = 1 << 24
 
 
@@ -210,13 +210,17 @@ def decode(root: Snapshot, path: Iterable[str], section_id: str) -> Decoded | No
             raise DecodeError(error) from error
         if decoded is not None:
             return cast(Decoded, decoded)
+    if head.startswith(_STATE_MAGIC):
+        from vmmig.state.wire import peek
+
+        state = peek(section.snapshot)
+        return None if state is None else Decoded(*state)
     if head.lstrip()[:1] in (b"{", b"["):
         return _decode_json(bytes(raw_view(section.snapshot)))
     return None
 
 
 _DECODERS: tuple[tuple[str, Callable[[Snapshot, bytes], bool]], ...] = (
-    ("vmmig.state", lambda root, head: head.startswith(STATE_MAGIC)),
     ("vmmig.formats.qemu", lambda root, head: root.id == "qemu"),
 )
 """Modules that decode, each with a cheap test for whether to load it at all."""
@@ -251,8 +255,10 @@ def set_field(
     if steps is None:
         known = ", ".join(name for name, _, _ in islice(_walk(decoded.fields), 8))
         raise RestoreError(f"section {where} has no field {field!r} (it has {known}, ...)")
+    from vmmig.state.fields import set_at, with_field
+
     payload = root.find(path).section(section_id).snapshot
-    if bytes(raw_view(payload)[: len(STATE_MAGIC)]) == STATE_MAGIC:
+    if bytes(raw_view(payload)[: len(_STATE_MAGIC)]) == _STATE_MAGIC:
         return with_field(payload, steps, value)
     if decoded.kind != "json":
         raise RestoreError(f"fields of a {decoded.kind!r} cannot be set; replace it as a whole")

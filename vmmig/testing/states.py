@@ -13,7 +13,7 @@ from vmmig.errors import MigratableError
 from vmmig.schema import Break, Schema, body_fits
 from vmmig.snapshot import Snapshot, SnapshotDataSection
 from vmmig.state import StateType, declared_states, get_state, peek, put_state, writing_versions
-from vmmig.state.section import pack_state, unpack_state
+from vmmig.state.wire import pack_state, unpack_state
 
 _MAX_ITEMS = 8
 

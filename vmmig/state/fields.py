@@ -1,4 +1,4 @@
-"""One field set in a typed state, whose bytes say themselves what they are; see `vmmig.state`."""
+"""One field set in a state, without its class."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import msgpack
 
 from vmmig.errors import RestoreError
 from vmmig.snapshot import Buffer, raw_view
-
-STATE_MAGIC = b"vmst\x01"
+from vmmig.state.wire import MAGIC
 
 
 def with_field(payload: Buffer, steps: Sequence[str | int], value: object) -> bytes:
@@ -25,16 +24,16 @@ def with_field(payload: Buffer, steps: Sequence[str | int], value: object) -> by
     Raises:
         RestoreError: It has no such field, or not of this type, or is damaged.
 
-    >>> payload = STATE_MAGIC + msgpack.packb(["timer", 1, "me", {"ticks": 4}, {}])
+    >>> payload = MAGIC + msgpack.packb(["timer", 1, "me", {"ticks": 4}, {}])
     >>> msgpack.unpackb(with_field(payload, ["ticks"], 5)[5:])
     ['timer', 1, 'me', {'ticks': 5}, {}]
     """
     view = raw_view(payload)
     try:
-        state = msgpack.unpackb(view[len(STATE_MAGIC) :], strict_map_key=False)
+        state = msgpack.unpackb(view[len(MAGIC) :], strict_map_key=False)
         *_, fields, subsections = state
         set_at(_holder(fields, subsections, steps[0]), steps, value)
-        return STATE_MAGIC + msgpack.packb(state)  # type: ignore[no-any-return]
+        return MAGIC + msgpack.packb(state)  # type: ignore[no-any-return]
     except RestoreError:
         raise
     except Exception as error:
