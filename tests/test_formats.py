@@ -158,22 +158,28 @@ def test_what_cannot_be_held_is_refused_and_the_old_file_stays(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def test_a_module_that_decodes_is_asked_for_its_own(monkeypatch):
+def test_typed_states_and_a_formats_own_sections_are_decoded(monkeypatch):
+    def peek(payload):
+        return "timer", 3, "acme", {"ticks": len(payload)}
+
     def decode(root, path, section_id):
         if section_id == "broken":
             raise KeyError("no such thing")
-        return formats.Decoded("timer", 3, "acme", {"ticks": len(path)})
+        return formats.Decoded("nic", 1, None, {"mac": b"1"}) if section_id == "nic" else None
 
-    fake = types.ModuleType("vmmig.state")
-    fake.decode = decode
-    monkeypatch.setitem(sys.modules, "vmmig.state", fake)
-    payload = formats.STATE_MAGIC + b"..."
-    vm = Snapshot("vm")
-    for id in ("state", "broken"):
+    for name, function in (("vmmig.state", peek), ("vmmig.formats.qemu", decode)):
+        fake = types.ModuleType(name)
+        setattr(fake, function.__name__, function)
+        monkeypatch.setitem(sys.modules, name, fake)
+    state = SnapshotDataSection("state", formats.STATE_MAGIC + b"...")
+    vm = Snapshot("vm", {}, {"state": state, "nic": SnapshotDataSection("nic", b"")})
+    assert formats.decode(vm, (), "state") == formats.Decoded("timer", 3, "acme", {"ticks": 8})
+    assert formats.decode(vm, (), "nic") is None
+    vm.id = "qemu"
+    assert formats.decode(vm, (), "nic") == formats.Decoded("nic", 1, None, {"mac": b"1"})
+    for id, payload in (("broken", b"{}"), ("other", b"{}")):
         vm.add_data_section(SnapshotDataSection(id, payload))
-    vm.add_data_section(SnapshotDataSection("other", b"..."))
-    assert formats.decode(vm, (), "state") == formats.Decoded("timer", 3, "acme", {"ticks": 0})
-    assert formats.decode(vm, (), "other") is None
+    assert formats.decode(vm, (), "other").kind == "json"
     with pytest.raises(DecodeError, match="no such thing"):
         formats.decode(vm, (), "broken")
     with pytest.raises(RestoreError):

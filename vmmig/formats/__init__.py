@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -35,7 +35,13 @@ _FORMATS = {
 
 _SUFFIXES = {".vmsnap": "vmmig", ".json": "json", ".msgpack": "msgpack", ".qemu": "qemu"}
 
-_MAX_JSON_BYTES = 1 << 24
+_STATES = "vmmig.state"
+"""What decodes typed states: its function `peek` says their name, version, writer and fields."""
+
+_DECODERS = {"qemu": "vmmig.formats.qemu"}
+"""For the id of a root, a module whose function `decode` knows what is below it."""
+
+_MAX_DECODED_BYTES = 1 << 24
 
 
 class Format(Protocol):
@@ -175,8 +181,8 @@ def write(snapshot: Snapshot, path: str | os.PathLike[str], format: str) -> None
 def decode(root: Snapshot, path: Iterable[str], section_id: str) -> Decoded | None:
     """A section's fields; None where nobody knows its kind.
 
-    A module that decodes has a function of this name and of these arguments, which returns None
-    for what is not its own. Only sections below 16 MiB are looked at.
+    Typed states (`vmmig.state`), what a format's module knows of its own trees, and JSON are
+    decoded; only sections of up to 16 MiB are looked at.
 
     Args:
         root: The whole snapshot.
@@ -195,31 +201,24 @@ def decode(root: Snapshot, path: Iterable[str], section_id: str) -> Decoded | No
     """
     path = tuple(path)
     section = root.find(path).section(section_id)
-    if section.nbytes > _MAX_JSON_BYTES:
+    if section.nbytes > _MAX_DECODED_BYTES:
         return None
     head = bytes(raw_view(section.snapshot)[:16])
-    for module, may_be in _DECODERS:
-        found = _loaded(module) if may_be(root, head) else None
-        if found is None:
-            continue
-        try:
-            decoded = found.decode(root, path, section_id)
-        except MigratableError:
-            raise
-        except Exception as error:
-            raise DecodeError(error) from error
-        if decoded is not None:
-            return cast(Decoded, decoded)
+    try:
+        if head.startswith(STATE_MAGIC) and (state := _loaded(_STATES)) is not None:
+            return Decoded(*state.peek(section.snapshot))
+        for root_id, module in _DECODERS.items():
+            found = _loaded(module) if root.id == root_id else None
+            decoded = found and found.decode(root, path, section_id)
+            if decoded is not None:
+                return cast(Decoded, decoded)
+    except MigratableError:
+        raise
+    except Exception as error:
+        raise DecodeError(error) from error
     if head.lstrip()[:1] in (b"{", b"["):
         return _decode_json(bytes(raw_view(section.snapshot)))
     return None
-
-
-_DECODERS: tuple[tuple[str, Callable[[Snapshot, bytes], bool]], ...] = (
-    ("vmmig.state", lambda root, head: head.startswith(STATE_MAGIC)),
-    ("vmmig.formats.qemu", lambda root, head: root.id == "qemu"),
-)
-"""Modules that decode, each with a cheap test for whether to load it at all."""
 
 
 def set_field(
