@@ -160,7 +160,7 @@ def test_what_cannot_be_held_is_refused_and_the_old_file_stays(tmp_path):
 
 def test_typed_states_and_a_formats_own_sections_are_decoded(monkeypatch):
     def peek(payload):
-        return "timer", 3, "acme", {"ticks": len(payload)}
+        return "timer", 3, "acme", {"ticks": [1, {"now": len(payload)}, {"late": [2, {}, {}]}]}
 
     def decode(root, path, section_id):
         if section_id == "broken":
@@ -173,7 +173,9 @@ def test_typed_states_and_a_formats_own_sections_are_decoded(monkeypatch):
         monkeypatch.setitem(sys.modules, name, fake)
     state = SnapshotDataSection("state", formats.STATE_MAGIC + b"...")
     vm = Snapshot("vm", {}, {"state": state, "nic": SnapshotDataSection("nic", b"")})
-    assert formats.decode(vm, (), "state") == formats.Decoded("timer", 3, "acme", {"ticks": 8})
+    assert formats.decode(vm, (), "state") == formats.Decoded(
+        "timer", 3, "acme", {"ticks": {"now": 8, "late": {}}}
+    )
     assert formats.decode(vm, (), "nic") is None
     vm.id = "qemu"
     assert formats.decode(vm, (), "nic") == formats.Decoded("nic", 1, None, {"mac": b"1"})

@@ -206,7 +206,8 @@ def decode(root: Snapshot, path: Iterable[str], section_id: str) -> Decoded | No
     head = bytes(raw_view(section.snapshot)[:16])
     try:
         if head.startswith(STATE_MAGIC) and (state := _loaded(_STATES)) is not None:
-            return Decoded(*state.peek(section.snapshot))
+            name, version, writer, fields = state.peek(section.snapshot)
+            return Decoded(name, version, writer, _without_versions(fields))
         for root_id, module in _DECODERS.items():
             found = _loaded(module) if root.id == root_id else None
             decoded = found and found.decode(root, path, section_id)
@@ -219,6 +220,15 @@ def decode(root: Snapshot, path: Iterable[str], section_id: str) -> Decoded | No
     if head.lstrip()[:1] in (b"{", b"["):
         return _decode_json(bytes(raw_view(section.snapshot)))
     return None
+
+
+def _without_versions(value: Any) -> Any:
+    """A state's fields, with nested states, which are version, fields and subsections, as maps."""
+    if type(value) is list and [*map(type, value)] == [int, dict, dict]:
+        value = value[1] | value[2]
+    if type(value) is dict:
+        return {key: _without_versions(each) for key, each in value.items()}
+    return [*map(_without_versions, value)] if type(value) is list else value
 
 
 def set_field(
