@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -128,9 +129,11 @@ def sniff(path: str | os.PathLike[str]) -> str:
     """
     path = Path(path)
     try:
-        os.stat(path)
+        mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         raise DecodeError(f"{str(path)!r}: {error}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DecodeError(f"{str(path)!r}: it is a device, a pipe or a socket; name a file")
     for name, format in _each(_FORMATS.items()):
         if format.sniff(path):
             return name
