@@ -36,9 +36,6 @@ _FORMATS = {
 
 _SUFFIXES = {".vmsnap": "vmmig", ".json": "json", ".msgpack": "msgpack", ".qemu": "qemu"}
 
-_STATES = "vmmig.state"
-"""What decodes typed states: its function `peek` says their name, version, writer and fields."""
-
 _DECODERS = {"qemu": "vmmig.formats.qemu"}
 """For the id of a root, a module whose function `decode` knows what is below it."""
 
@@ -208,9 +205,12 @@ def decode(root: Snapshot, path: Iterable[str], section_id: str) -> Decoded | No
         return None
     head = bytes(raw_view(section.snapshot)[:16])
     try:
-        if head.startswith(STATE_MAGIC) and (state := _loaded(_STATES)) is not None:
-            name, version, writer, fields = state.peek(section.snapshot)
-            return Decoded(name, version, writer, _without_versions(fields))
+        if head.startswith(STATE_MAGIC):
+            from vmmig.state import peek
+
+            if (state := peek(section.snapshot)) is not None:
+                fields = _without_versions(state.fields)
+                return Decoded(state.name, state.version, state.writer, fields)
         for root_id, module in _DECODERS.items():
             found = _loaded(module) if root.id == root_id else None
             decoded = found and found.decode(root, path, section_id)
