@@ -9,6 +9,7 @@ import types
 from contextlib import suppress
 from pathlib import Path
 
+import attrs
 import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from tests.strategies import snapshots
 from vmmig import DecodeError, MigratableError, RestoreError, Snapshot, SnapshotDataSection, formats
 from vmmig.formats import msgpack_tree
 from vmmig.formats.cloud_hypervisor import SEED_JSON
+from vmmig.state import U16, load_state, save_state, subsection, versioned
 
 PLAIN = ("vmmig", "json", "msgpack")
 ONE = Snapshot("vm", {"cpu": Snapshot("cpu")}, {"a": SnapshotDataSection("a", b"\x00\xff")})
@@ -131,24 +133,69 @@ def test_what_cannot_be_held_is_refused_and_the_old_file_stays(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def test_a_module_that_decodes_is_asked_for_its_own(monkeypatch):
+@versioned("test-formats/queue", 1, writer="acme")
+@attrs.define
+class Queue:
+    size: U16 = 0
+
+
+@versioned("test-formats/nic", 1, writer="acme 1.0")
+@attrs.define
+class Nic:
+    mac: bytes = b""
+    queues: list[Queue] = attrs.Factory(list)
+    offload: Queue | None = subsection(default=None)
+
+
+def test_typed_states_are_decoded_whatever_component_they_are_of():
+    saved = save_state("nic", Nic(b"\1\2", [Queue(7)], offload=Queue(5)))
+    assert formats.decode(saved, (), "state") == formats.Decoded(
+        "test-formats/nic",
+        1,
+        "acme 1.0",
+        {"mac": b"\1\2", "queues": [{"size": 7}], "offload": {"size": 5}},
+    )
+    payload = bytes(saved.section("state").snapshot)
+    vm = Snapshot("vm", {}, {"cut": SnapshotDataSection("cut", payload[:-1])})
+    with pytest.raises(DecodeError):
+        formats.decode(vm, (), "cut")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("mac", b"\3", Nic(b"\3", [Queue(7)], Queue(5))),
+        ("queues[0].size", 9, Nic(b"\1", [Queue(9)], Queue(5))),
+        ("offload.size", 6, Nic(b"\1", [Queue(7)], Queue(6))),
+    ],
+)
+def test_a_field_of_a_typed_state_is_set(field, value, expected):
+    saved = save_state("nic", Nic(b"\1", [Queue(7)], Queue(5)))
+    payload = formats.set_field(saved, (), "state", field, value)
+    saved.add_data_section(SnapshotDataSection("state", payload))
+    assert load_state(saved, Nic) == expected
+
+
+def test_a_formats_module_decodes_its_own_trees(monkeypatch):
     def decode(root, path, section_id):
         if section_id == "broken":
             raise KeyError("no such thing")
-        return formats.Decoded("timer", 3, "acme", {"ticks": len(path)})
+        return formats.Decoded("nic", 1, None, {"mac": b"1"}) if section_id == "nic" else None
 
-    fake = types.ModuleType("vmmig.state")
+    fake = types.ModuleType("vmmig.formats.qemu")
     fake.decode = decode
-    monkeypatch.setitem(sys.modules, "vmmig.state", fake)
-    payload = formats.STATE_MAGIC + b"..."
-    vm = Snapshot("vm")
-    for id in ("state", "broken"):
+    monkeypatch.setitem(sys.modules, "vmmig.formats.qemu", fake)
+    vm = Snapshot("vm", {}, {"nic": SnapshotDataSection("nic", b"")})
+    assert formats.decode(vm, (), "nic") is None
+    vm.id = "qemu"
+    assert formats.decode(vm, (), "nic") == formats.Decoded("nic", 1, None, {"mac": b"1"})
+    for id, payload in (("broken", b"{}"), ("other", b"{}")):
         vm.add_data_section(SnapshotDataSection(id, payload))
-    vm.add_data_section(SnapshotDataSection("other", b"..."))
-    assert formats.decode(vm, (), "state") == formats.Decoded("timer", 3, "acme", {"ticks": 0})
-    assert formats.decode(vm, (), "other") is None
+    assert formats.decode(vm, (), "other").kind == "json"
     with pytest.raises(DecodeError, match="no such thing"):
         formats.decode(vm, (), "broken")
+    with pytest.raises(RestoreError, match="cannot be set"):
+        formats.set_field(vm, (), "nic", "mac", b"2")
     with pytest.raises(RestoreError):
         formats.decode(vm, (), "none")
 

@@ -14,6 +14,7 @@ Exit status:
   2    the command was misused, or a part of vmmig is not installed
        diff: 0 if nothing differs, 1 if something does, 2 if it failed
        verify: 0 if all is sound, 1 if something is damaged, 2 if it failed
+       compat: the number of breaks, 255 if it failed
   130  cancelled by Ctrl-C (129 by SIGHUP, 143 by SIGTERM); nothing is left half-written
   141  whoever read the output has gone
 
@@ -66,4 +67,6 @@ vmmig.places = {
     "verify": "vmmig.cli.verifying:verify",
     "edit": "vmmig.cli.editing:edit",
     "convert": "vmmig.cli.editing:convert",
+    "schema": "vmmig.cli.schemas:schema",
+    "compat": "vmmig.cli.schemas:compat",
 }

@@ -125,7 +125,7 @@ def _lines(opened: Opened, path: str | None) -> Iterator[str]:
         indent = "  " * min(len(ids), _DEEPEST_INDENT)
         yield indent + click.style(shown(below.id), bold=True)
         full = _joined_path(place, ids) if looks else ()
-        for section in below.snapshot_data.values():
+        for _, section in sorted(below.snapshot_data.items()):
             yield from _summary(opened.snapshot, full, section, indent + "  ", looks)
 
 
@@ -240,7 +240,7 @@ def _document(opened: Opened, path: str | None) -> dict[str, Any]:
         ids = _joined_path(place, relative.ids)
         sections = [
             _section_json(opened.snapshot, ids, section, 16 if looks else 0)
-            for section in below.snapshot_data.values()
+            for _, section in sorted(below.snapshot_data.items())
         ]
         nodes.append({"path": ids, "id": below.id, "sections": sections})
     return {**facts, "nodes": nodes}

@@ -78,7 +78,7 @@ class _Page:
         for path, node in opened.snapshot.walk():
             ids = path.ids
             numbers[ids] = len(nodes)
-            sections = [self._section(ids, section) for section in node.snapshot_data.values()]
+            sections = [self._section(ids, each) for _, each in sorted(node.snapshot_data.items())]
             total_sections += len(sections)
             total_bytes += sum(section.nbytes for section in node.snapshot_data.values())
             nodes.append(

@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,6 +22,9 @@ import attrs
 
 from vmmig.errors import DecodeError, MigratableError, RestoreError
 from vmmig.snapshot import Snapshot, raw_view
+from vmmig.state.fields import set_at, with_field
+from vmmig.state.wire import MAGIC as STATE_MAGIC
+from vmmig.state.wire import peek
 
 _FORMATS = {
     "vmmig": "vmmig.formats.container",
@@ -34,8 +38,10 @@ _FORMATS = {
 
 _SUFFIXES = {".vmsnap": "vmmig", ".json": "json", ".msgpack": "msgpack", ".qemu": "qemu"}
 
-_STATE_MAGIC = b"vmst"
-_MAX_JSON_BYTES = 1 << 24
+_DECODERS = {"qemu": "vmmig.formats.qemu"}
+"""For the id of a root, a module whose function `decode` knows what is below it."""
+
+_MAX_DECODED_BYTES = 1 << 24
 
 
 class Format(Protocol):
@@ -122,9 +128,11 @@ def sniff(path: str | os.PathLike[str]) -> str:
     """
     path = Path(path)
     try:
-        os.stat(path)
+        mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         raise DecodeError(f"{str(path)!r}: {error}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DecodeError(f"{str(path)!r}: it is a device, a pipe or a socket; name a file")
     for name, format in _each(_FORMATS.items()):
         if format.sniff(path):
             return name
@@ -175,8 +183,8 @@ def write(snapshot: Snapshot, path: str | os.PathLike[str], format: str) -> None
 def decode(root: Snapshot, path: Iterable[str], section_id: str) -> Decoded | None:
     """A section's fields; None where nobody knows its kind.
 
-    A module that decodes has a function of this name and of these arguments, which returns None
-    for what is not its own. Only sections below 16 MiB are looked at.
+    Typed states (`vmmig.state`), what a format's module knows of its own trees, and JSON are
+    decoded; only sections of up to 16 MiB are looked at.
 
     Args:
         root: The whole snapshot.
@@ -195,35 +203,25 @@ def decode(root: Snapshot, path: Iterable[str], section_id: str) -> Decoded | No
     """
     path = tuple(path)
     section = root.find(path).section(section_id)
-    if section.nbytes > _MAX_JSON_BYTES:
+    if section.nbytes > _MAX_DECODED_BYTES:
         return None
     head = bytes(raw_view(section.snapshot)[:16])
-    for module, may_be in _DECODERS:
-        found = _loaded(module) if may_be(root, head) else None
-        if found is None:
-            continue
-        try:
-            decoded = found.decode(root, path, section_id)
-        except MigratableError:
-            raise
-        except Exception as error:
-            raise DecodeError(error) from error
-        if decoded is not None:
-            return cast(Decoded, decoded)
-    if head.startswith(_STATE_MAGIC):
-        from vmmig.state.wire import peek
-
-        state = peek(section.snapshot)
-        return None if state is None else Decoded(*state)
+    try:
+        if head.startswith(STATE_MAGIC):
+            state = peek(section.snapshot)
+            return None if state is None else Decoded(*state)
+        for root_id, module in _DECODERS.items():
+            found = _loaded(module) if root.id == root_id else None
+            decoded = found and found.decode(root, path, section_id)
+            if decoded is not None:
+                return cast(Decoded, decoded)
+    except MigratableError:
+        raise
+    except Exception as error:
+        raise DecodeError(error) from error
     if head.lstrip()[:1] in (b"{", b"["):
         return _decode_json(bytes(raw_view(section.snapshot)))
     return None
-
-
-_DECODERS: tuple[tuple[str, Callable[[Snapshot, bytes], bool]], ...] = (
-    ("vmmig.formats.qemu", lambda root, head: root.id == "qemu"),
-)
-"""Modules that decode, each with a cheap test for whether to load it at all."""
 
 
 def set_field(
@@ -255,10 +253,8 @@ def set_field(
     if steps is None:
         known = ", ".join(name for name, _, _ in islice(_walk(decoded.fields), 8))
         raise RestoreError(f"section {where} has no field {field!r} (it has {known}, ...)")
-    from vmmig.state.fields import set_at, with_field
-
     payload = root.find(path).section(section_id).snapshot
-    if bytes(raw_view(payload)[: len(_STATE_MAGIC)]) == _STATE_MAGIC:
+    if bytes(raw_view(payload)[: len(STATE_MAGIC)]) == STATE_MAGIC:
         return with_field(payload, steps, value)
     if decoded.kind != "json":
         raise RestoreError(f"fields of a {decoded.kind!r} cannot be set; replace it as a whole")

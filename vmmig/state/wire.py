@@ -109,14 +109,16 @@ def peek(payload: Buffer) -> Peeked | None:
             raise Misfit("it has no map of fields")
     except (Misfit, RecursionError) as error:
         raise DecodeError(f"it begins like a state, but: {error}") from error
-    nested = {key: _nested(body) for key, body in present.items()}
-    return Peeked(name, version, writer, {**fields, **nested})
+    return Peeked(name, version, writer, _without_versions({**fields, **present}))
 
 
-def _nested(body: Any) -> Any:
-    if type(body) is list and len(body) == 3 and type(body[1]) is type(body[2]) is dict:
-        return {**body[1], **{key: _nested(sub) for key, sub in body[2].items()}}
-    return body
+def _without_versions(value: Any) -> Any:
+    """The same, with nested states, which are version, fields and subsections, as maps."""
+    if type(value) is list and [*map(type, value)] == [int, dict, dict]:
+        value = value[1] | value[2]
+    if type(value) is dict:
+        return {key: _without_versions(each) for key, each in value.items()}
+    return [*map(_without_versions, value)] if type(value) is list else value
 
 
 def belongs(id: str, section: str) -> bool:
