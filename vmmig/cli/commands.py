@@ -67,6 +67,4 @@ vmmig.places = {
     "verify": "vmmig.cli.verifying:verify",
     "edit": "vmmig.cli.editing:edit",
     "convert": "vmmig.cli.editing:convert",
-    "schema": "vmmig.cli.schemas:schema",
-    "compat": "vmmig.cli.schemas:compat",
 }

@@ -46,9 +46,8 @@ class Group(click.Group):
         if cmd_name not in self.commands:
             module, _, name = self.places[cmd_name].partition(":")
             command = getattr(importlib.import_module(module), name)
-            for each in (
-                command.commands.values() if isinstance(command, click.Group) else [command]
-            ):
+            below = command.commands.values() if isinstance(command, click.Group) else ()
+            for each in (command, *below):
                 _verbose(each)
             self.add_command(command, cmd_name)
         return self.commands[cmd_name]

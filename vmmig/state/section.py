@@ -340,7 +340,7 @@ def subsection(
         factory: What makes that, for each state anew.
         needed: Whether a state needs it; else, whether it is another than what it is by default.
 
-    >>> from vmmig.state import U8
+    >>> from vmmig.state import U8, peek
     >>> @versioned("serial/fifo", 1)
     ... @attrs.define
     ... class Fifo:
@@ -402,7 +402,7 @@ def writing_versions(targets: Mapping[str, int | Target]) -> Iterator[None]:
     Raises:
         SnapshotError: When a state is saved that the older version has no place for.
 
-    >>> from vmmig.state import Added
+    >>> from vmmig.state import Added, peek
     >>> @versioned("mouse", 2, history={2: Added("wheel", 0)})
     ... @attrs.define
     ... class Mouse:

@@ -44,7 +44,8 @@ def unpack_state(snapshot: Snapshot, section: str) -> list[Any]:
     Raises:
         Misfit: There is no such state.
 
-    >>> snapshot = Snapshot("", {}, {})
+    >>> from vmmig.snapshot import SnapshotDataSection
+    >>> snapshot = Snapshot("")
     >>> (packed,) = pack_state("state", "power", "acme", [1, {"is_off": False}, {}])
     >>> snapshot.add_data_section(SnapshotDataSection(*packed))
     >>> unpack_state(snapshot, "state")
