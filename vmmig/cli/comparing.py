@@ -12,7 +12,16 @@ import click
 from vmmig import formats
 from vmmig.cli.console import CancelOnSignals, fails_with, showing_work
 from vmmig.cli.urls import options_for, with_url_options
-from vmmig.cli.words import count_text, joined, plain, ranges_text, shown, size_text, value_text
+from vmmig.cli.words import (
+    count_text,
+    joined,
+    path_json,
+    plain,
+    ranges_text,
+    shown,
+    size_text,
+    value_text,
+)
 from vmmig.codec import LARGE_BYTES
 from vmmig.inspection import PAGE_BYTES, Change, Comparison, open_snapshot
 from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
@@ -139,7 +148,7 @@ def _sums(snapshot: Snapshot) -> tuple[int, int, int]:
 def _json(change: Change) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "place": change.place,
-        "path": change.path.ids,
+        "path": path_json(change.path),
         "section": change.section,
         "field": change.field,
         "change": change.change,

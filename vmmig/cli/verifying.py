@@ -12,7 +12,7 @@ import click
 from vmmig import formats
 from vmmig.cli.console import CancelOnSignals, fails_with, showing_work
 from vmmig.cli.urls import options_for, with_url_options
-from vmmig.cli.words import count_text, joined, ranges_text, shown, size_text
+from vmmig.cli.words import count_text, joined, path_json, ranges_text, shown, size_text
 from vmmig.codec import CHUNK_BYTES, Examination, SectionVerdict, examine
 from vmmig.errors import DecodeError, MigratableError, MigrateReceiveError
 from vmmig.inspection import is_file
@@ -147,7 +147,7 @@ def _document(url: str, found: Examination) -> dict[str, Any]:
         "damages": [{"where": damage.where, "what": damage.what} for damage in found.damages],
         "sections": [
             {
-                "path": section.path.ids,
+                "path": path_json(section.path),
                 "id": section.id,
                 "nbytes": section.nbytes,
                 "verdict": section.verdict,

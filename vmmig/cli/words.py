@@ -9,8 +9,10 @@ from typing import Any
 from vmmig._units import format_bytes
 from vmmig.formats import Decoded
 from vmmig.memory import MemoryRangeTable
+from vmmig.snapshot import SnapshotPath
 
 _LONGEST = 120
+DEEPEST = 64
 
 
 def shown(text: str) -> str:
@@ -119,6 +121,16 @@ def decoded_json(decoded: Decoded) -> dict[str, Any]:
         "writer": decoded.writer,
         "fields": plain(decoded.fields),
     }
+
+
+def path_json(path: SnapshotPath) -> list[str] | None:
+    """A node's ids as JSON has them; None where it is deeper than anything but an attack.
+
+    >>> path_json(SnapshotPath().child("cpu-manager").child("cpu0"))
+    ['cpu-manager', 'cpu0']
+    """
+    ids = path.ids
+    return [*ids] if len(ids) <= DEEPEST else None
 
 
 def joined(lines: Iterable[str]) -> str:
