@@ -331,6 +331,15 @@ def test_colours_are_for_terminals_where_nothing_forbids_them(variable, colours,
     assert (b"\x1b[" in printed) == colours
 
 
+def test_an_error_is_one_line_that_a_terminal_does_not_obey(capsys):
+    parts = [vmmig.PauseError("a\x1b[31m"), vmmig.PauseError("b\nc")]
+    console.print_error(vmmig.MigratableErrorGroup("2 failed", parts))
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "\x1b" not in printed
+    assert "a\\x1b[31m; " in printed
+
+
 def test_an_encoding_without_a_character_is_no_obstacle(tmp_path):
     vmmig.send(Snapshot("maschine \N{SNOWMAN}"), tmp_path / "vm.vmsnap")
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from vmmig import formats
-from vmmig.cli.console import CancelOnSignals
+from vmmig.cli.console import CancelOnSignals, Show, showing_progress
 from vmmig.cli.urls import options_for, with_url_options
 from vmmig.codec import StoredSection
 from vmmig.errors import (
@@ -86,7 +86,7 @@ def edit(
     from vmmig import transport
     from vmmig.editing import edited
 
-    with CancelOnSignals() as signals:
+    with showing_progress(as_json=False) as show, CancelOnSignals() as signals:
         url_options = options_for(source, **options)
         opened = open_snapshot(source, format=source_format, cancel=signals.token, **url_options)
         with signals.at_once():
@@ -100,7 +100,7 @@ def edit(
                 dropped=dropped,
                 renamed=renamed,
             )
-            _write(snapshot, opened.snapshot, destination, opened.format)
+            _write(snapshot, opened.snapshot, destination, opened.format, show)
 
 
 @click.command(short_help="Write a snapshot in another format.")
@@ -136,11 +136,11 @@ def convert(
     if name is None:
         raise click.UsageError(f"{destination!r} does not say its format; --to does")
     _refuse_in_place(source, destination)
-    with CancelOnSignals() as signals:
+    with showing_progress(as_json=False) as show, CancelOnSignals() as signals:
         url_options = options_for(source, **options)
         opened = open_snapshot(source, format=source_format, cancel=signals.token, **url_options)
         with signals.at_once():
-            _write(opened.snapshot, opened.snapshot, destination, name)
+            _write(opened.snapshot, opened.snapshot, destination, name, show)
 
 
 def _refuse_in_place(source: str, destination: str) -> None:
@@ -157,13 +157,14 @@ def _refuse_in_place(source: str, destination: str) -> None:
         raise click.UsageError("SOURCE and DESTINATION are the same file; name a new one")
 
 
-def _write(snapshot: Snapshot, source: Snapshot, destination: str, format: str) -> None:
+def _write(snapshot: Snapshot, source: Snapshot, destination: str, format: str, show: Show) -> None:
     """Write the snapshot; a container is compressed if its source was."""
     try:
         if format == "vmmig":
             from vmmig.migration import send
 
-            send(snapshot, destination, compression="zstd" if _is_compressed(source) else None)
+            compression = "zstd" if _is_compressed(source) else None
+            send(snapshot, destination, compression=compression, progress=show)
         elif is_file(destination):
             from vmmig.transport.file import path_of
 
