@@ -14,7 +14,6 @@ from vmmig.cli.console import CancelOnSignals, fails_with, showing_work
 from vmmig.cli.urls import options_for, with_url_options
 from vmmig.cli.words import (
     count_text,
-    joined,
     path_json,
     plain,
     ranges_text,
@@ -78,7 +77,7 @@ def diff(
                 text = json.dumps(document, indent=2)
             else:
                 heads = [f"--- {shown(before)}", f"+++ {shown(after)}"]
-                text = joined([*heads, *map(_line, changes)]) if changes else ""
+                text = "\n".join([*heads, *map(_line, changes)]) if changes else ""
     if text:
         click.echo(text)
     if comparison.proven_bytes >= LARGE_BYTES and not as_json:

@@ -18,7 +18,6 @@ from vmmig.cli.words import (
     decoded_json,
     decoded_text,
     hex_lines,
-    joined,
     path_json,
     shown,
     size_text,
@@ -100,7 +99,7 @@ def inspect(
             if as_json:
                 text = json.dumps(_document(opened, path), indent=2)
             else:
-                text = joined(_lines(opened, path))
+                text = "\n".join(_lines(opened, path))
     click.echo(text)
 
 

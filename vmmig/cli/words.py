@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vmmig._units import format_bytes
@@ -131,8 +131,3 @@ def path_json(path: SnapshotPath) -> list[str] | None:
     """
     ids = path.ids
     return [*ids] if len(ids) <= DEEPEST else None
-
-
-def joined(lines: Iterable[str]) -> str:
-    """Lines as one text, so that it is written at once."""
-    return "\n".join(lines)
