@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from tests.strategies import snapshots
 from vmmig import DecodeError, MigratableError, Snapshot, SnapshotDataSection, dumps
@@ -42,7 +43,7 @@ class Ranges:
         view[:] = self.data[start : start + len(view)]
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(snapshots())
 def test_an_opened_container_is_the_snapshot(snapshot):
     data = dumps(snapshot)
@@ -225,3 +226,30 @@ def test_progress_reaches_the_end():
     examine(WHOLE, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (len(WHOLE), len(WHOLE))
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_many_small_sections_far_away_are_few_requests_and_take_no_time_each():
+    vm = Snapshot("vm")
+    for i in range(5_000):
+        vm.add_snapshot(Snapshot(f"{i}", {}, {"a": SnapshotDataSection("a", b"%20d" % i)}))
+    data = dumps(vm)
+    source = Ranges(data)
+    assert examine(source).sound
+    assert len(source.read) < 10
+    start = data.index(b"%20d" % 0)
+    found = examine(data[:start] + bytes(100_000) + data[start + 100_000 :])
+    assert len(found.damages) == 5_000
+    assert {section.verdict for section in found.sections} == {"lost"}
+
+
+def test_a_frame_that_is_wrong_though_its_checksum_is_right_is_lost():
+    data = bytearray(COMPRESSED)
+    at = data.index(b"\x28\xb5\x2f\xfd")
+    (part,) = Container(bytes(data)).snapshot.snapshot_data.values()
+    data[at + part.stored_bytes - 1] ^= 1
+    table = len(data) - 8 - 8 * len(part.checksums())
+    data[table:-8] = xxh3_64_intdigest(data[at : at + part.stored_bytes]).to_bytes(8, "little")
+    data[-8:] = xxh3_64_intdigest(data[table:-8]).to_bytes(8, "little")
+    found = examine(bytes(data))
+    assert [section.verdict for section in found.sections] == ["lost"]
+    assert "frame" in found.damages[0].what

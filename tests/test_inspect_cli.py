@@ -112,6 +112,18 @@ def test_inspect_shows_what_it_can_of_a_damaged_section(saved, tmp_path):
     assert "truncated" in run("inspect", saved / "cut.vmsnap").output
 
 
+def test_a_very_deep_tree_is_shown(tmp_path):
+    deep = Snapshot("0")
+    for i in range(1, 30_000):
+        deep = Snapshot(str(i), {deep.id: deep})
+    vmmig.send(deep, tmp_path / "deep.vmsnap")
+    result = run("inspect", tmp_path / "deep.vmsnap")
+    assert (result.exit_code, result.output.count("\n")) == (0, 30_001)
+    document = json.loads(run("inspect", tmp_path / "deep.vmsnap", "--json").output)
+    assert document["nodes"][10]["path"] == [str(29_999 - i) for i in range(1, 11)]
+    assert (document["nodes"][-1]["path"], document["nodes"][-1]["parent"]) == (None, 29_998)
+
+
 def test_diff_ends_as_diffs_do(saved):
     same = run("diff", saved / "vm.vmsnap", saved / "vm.vmsnap")
     assert (same.exit_code, same.stdout) == (0, "")
@@ -196,6 +208,15 @@ def test_a_damaged_section_is_dropped_and_the_rest_saved(saved, tmp_path):
     assert run("edit", saved / "damaged.vmsnap", tmp_path / "a", "--drop", "ram").exit_code == 0
     assert vmmig.recv(tmp_path / "a").find("cpu") == machine().find("cpu")
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_was_compressed_stays_so(saved, tmp_path):
+    out = tmp_path / "out.vmsnap"
+    assert run("edit", saved / "packed.vmsnap", out, "--drop", "cpu").exit_code == 0
+    assert out.stat().st_size < MIB // 4
+    assert vmmig.recv(out).section("ram").nbytes == len(RAM)
+    assert run("convert", saved / "packed.vmsnap", "memory://bucket/out.vmsnap").exit_code == 0
+    assert run("convert", saved / "packed.vmsnap", "memory://bucket/out.json").exit_code == 1
 
 
 def test_convert_there_and_back(saved, tmp_path):
@@ -308,6 +329,15 @@ def test_colours_are_for_terminals_where_nothing_forbids_them(variable, colours,
         assert running.wait(60) == 0
     os.close(ours)
     assert (b"\x1b[" in printed) == colours
+
+
+def test_an_error_is_one_line_that_a_terminal_does_not_obey(capsys):
+    parts = [vmmig.PauseError("a\x1b[31m"), vmmig.PauseError("b\nc")]
+    console.print_error(vmmig.MigratableErrorGroup("2 failed", parts))
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "\x1b" not in printed
+    assert "a\\x1b[31m; " in printed
 
 
 def test_an_encoding_without_a_character_is_no_obstacle(tmp_path):

@@ -108,6 +108,11 @@ def test_its_size_is_bounded():
     for i in range(3000):
         vm.add_snapshot(Snapshot(f"{i}", {}, {"a": SnapshotDataSection("a", bytes(60_000))}))
     assert len(render(Opened("vm", "vmmig", vm))) < 10 * MIB
+    for i in range(25_000):
+        vm.add_snapshot(Snapshot(f"node {i}"))
+    page = render(Opened("vm", "vmmig", vm))
+    assert len(page) < 12 * MIB
+    assert '"left out here"' in page
 
 
 def test_it_is_searched_and_opened_by_keyboard(page, browser):

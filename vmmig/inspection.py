@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PAGE_BYTES = 4096
 
 _WINDOW_BYTES = 16 << 20
-_STEP = re.compile(r"""\.(snapshots|snapshot_data)\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\]""")
+_STEP = r"""\.(snapshots|snapshot_data)\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\]"""
 
 Told = Callable[[int, int], object]
 
@@ -185,9 +185,10 @@ def _spelled_out(root: Snapshot, text: str) -> Place | None:
     from ast import literal_eval
 
     node, path, section = root, SnapshotPath(), None
+    pattern = re.compile(_STEP)
     at = 1
     while at < len(text):
-        step = _STEP.match(text, at)
+        step = pattern.match(text, at)
         if step is None or section is not None:
             return None
         id = literal_eval(step[2])

@@ -12,7 +12,15 @@ import click
 from vmmig import formats
 from vmmig.cli.console import CancelOnSignals, fails_with, showing_work
 from vmmig.cli.urls import options_for, with_url_options
-from vmmig.cli.words import count_text, joined, plain, ranges_text, shown, size_text, value_text
+from vmmig.cli.words import (
+    count_text,
+    path_json,
+    plain,
+    ranges_text,
+    shown,
+    size_text,
+    value_text,
+)
 from vmmig.codec import LARGE_BYTES
 from vmmig.inspection import PAGE_BYTES, Change, Comparison, open_snapshot
 from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
@@ -69,7 +77,7 @@ def diff(
                 text = json.dumps(document, indent=2)
             else:
                 heads = [f"--- {shown(before)}", f"+++ {shown(after)}"]
-                text = joined([*heads, *map(_line, changes)]) if changes else ""
+                text = "\n".join([*heads, *map(_line, changes)]) if changes else ""
     if text:
         click.echo(text)
     if comparison.proven_bytes >= LARGE_BYTES and not as_json:
@@ -139,7 +147,7 @@ def _sums(snapshot: Snapshot) -> tuple[int, int, int]:
 def _json(change: Change) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "place": change.place,
-        "path": change.path.ids,
+        "path": path_json(change.path),
         "section": change.section,
         "field": change.field,
         "change": change.change,

@@ -94,9 +94,16 @@ def print_error(error: BaseException | None, *, verbose: bool = False) -> None:
 
     What says nothing itself, as a KeyboardInterrupt, is called a cancellation.
     """
-    print(f"vmmig: {str(error or '') or 'cancelled'}", file=sys.stderr)
+    print(f"vmmig: {_one_line(str(error or '')) or 'cancelled'}", file=sys.stderr)
     while verbose and error is not None and (error := error.__cause__) is not None:
-        print(f"  caused by {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"  caused by {type(error).__name__}: {_one_line(str(error))}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    """The text without line ends, and without anything else that a terminal would obey."""
+    line = "; ".join(part.strip().removeprefix("- ") for part in text.splitlines() if part.strip())
+    line = line.replace(":; ", ": ")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:

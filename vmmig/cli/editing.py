@@ -9,9 +9,15 @@ from typing import Any
 import click
 
 from vmmig import formats
-from vmmig.cli.console import CancelOnSignals
+from vmmig.cli.console import CancelOnSignals, Show, showing_progress
 from vmmig.cli.urls import options_for, with_url_options
-from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError
+from vmmig.codec import StoredSection
+from vmmig.errors import (
+    MigratableError,
+    MigrateReceiveError,
+    MigrateSendError,
+    MissingExtraError,
+)
 from vmmig.inspection import is_file, locate, open_snapshot
 from vmmig.snapshot import Snapshot
 
@@ -80,7 +86,7 @@ def edit(
     from vmmig import transport
     from vmmig.editing import edited
 
-    with CancelOnSignals() as signals:
+    with showing_progress(as_json=False) as show, CancelOnSignals() as signals:
         url_options = options_for(source, **options)
         opened = open_snapshot(source, format=source_format, cancel=signals.token, **url_options)
         with signals.at_once():
@@ -94,7 +100,7 @@ def edit(
                 dropped=dropped,
                 renamed=renamed,
             )
-            _write(snapshot, destination, opened.format)
+            _write(snapshot, opened.snapshot, destination, opened.format, show)
 
 
 @click.command(short_help="Write a snapshot in another format.")
@@ -130,11 +136,11 @@ def convert(
     if name is None:
         raise click.UsageError(f"{destination!r} does not say its format; --to does")
     _refuse_in_place(source, destination)
-    with CancelOnSignals() as signals:
+    with showing_progress(as_json=False) as show, CancelOnSignals() as signals:
         url_options = options_for(source, **options)
         opened = open_snapshot(source, format=source_format, cancel=signals.token, **url_options)
         with signals.at_once():
-            _write(opened.snapshot, destination, name)
+            _write(opened.snapshot, opened.snapshot, destination, name, show)
 
 
 def _refuse_in_place(source: str, destination: str) -> None:
@@ -151,22 +157,32 @@ def _refuse_in_place(source: str, destination: str) -> None:
         raise click.UsageError("SOURCE and DESTINATION are the same file; name a new one")
 
 
-def _write(snapshot: Snapshot, destination: str, format: str) -> None:
+def _write(snapshot: Snapshot, source: Snapshot, destination: str, format: str, show: Show) -> None:
+    """Write the snapshot; a container is compressed if its source was."""
     try:
-        if is_file(destination):
+        if format == "vmmig":
+            from vmmig.migration import send
+
+            compression = "zstd" if _is_compressed(source) else None
+            send(snapshot, destination, compression=compression, progress=show)
+        elif is_file(destination):
             from vmmig.transport.file import path_of
 
             formats.write(snapshot, path_of(destination, MigrateSendError), format)
-        elif format == "vmmig":
-            from vmmig.migration import send
-
-            send(snapshot, destination)
         else:
             raise MigrateSendError(f"{format} goes to a file; {destination!r} is a URL")
-    except MigrateSendError:
+    except (MigrateSendError, MissingExtraError):
         raise
     except MigratableError as error:
         raise MigrateSendError(error) from error
+
+
+def _is_compressed(snapshot: Snapshot) -> bool:
+    return any(
+        isinstance(section, StoredSection) and section.stored == "compressed"
+        for _, node in snapshot.walk()
+        for section in node.snapshot_data.values()
+    )
 
 
 def _value(root: Snapshot, path: str, field: str, text: str) -> object:

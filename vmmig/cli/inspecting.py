@@ -13,11 +13,12 @@ from vmmig import formats
 from vmmig.cli.console import CancelOnSignals, showing_progress, showing_work
 from vmmig.cli.urls import options_for, with_url_options
 from vmmig.cli.words import (
+    DEEPEST,
     count_text,
     decoded_json,
     decoded_text,
     hex_lines,
-    joined,
+    path_json,
     shown,
     size_text,
     value_text,
@@ -98,7 +99,7 @@ def inspect(
             if as_json:
                 text = json.dumps(_document(opened, path), indent=2)
             else:
-                text = joined(_lines(opened, path))
+                text = "\n".join(_lines(opened, path))
     click.echo(text)
 
 
@@ -120,11 +121,10 @@ def _lines(opened: Opened, path: str | None) -> Iterator[str]:
     looks = _looks_inside(opened)
     if path is None:
         yield _head(opened)
-    for relative, below in node.walk():
-        ids = relative.ids
-        indent = "  " * min(len(ids), _DEEPEST_INDENT)
+    for relative, depth, _, below in _walked(node):
+        indent = "  " * min(depth, _DEEPEST_INDENT)
         yield indent + click.style(shown(below.id), bold=True)
-        full = _joined_path(place, ids) if looks else ()
+        full = (*place, *relative) if looks and below.snapshot_data else ()
         for _, section in sorted(below.snapshot_data.items()):
             yield from _summary(opened.snapshot, full, section, indent + "  ", looks)
 
@@ -233,16 +233,17 @@ def _document(opened: Opened, path: str | None) -> dict[str, Any]:
     if section_id is not None:
         section = node.snapshot_data[section_id]
         whole = _section_json(opened.snapshot, place.ids, section, _HEX_BYTES)
-        return {**facts, "path": place.ids, "section": whole}
+        return {**facts, "path": path_json(place), "section": whole}
     looks = _looks_inside(opened)
-    nodes = []
-    for relative, below in node.walk():
-        ids = _joined_path(place, relative.ids)
+    nodes: list[dict[str, Any]] = []
+    for relative, depth, parent, below in _walked(node):
+        ids = (*place, *relative) if below.snapshot_data else ()
         sections = [
             _section_json(opened.snapshot, ids, section, 16 if looks else 0)
             for _, section in sorted(below.snapshot_data.items())
         ]
-        nodes.append({"path": ids, "id": below.id, "sections": sections})
+        full = [*place, *relative] if depth <= DEEPEST else None
+        nodes.append({"id": below.id, "path": full, "parent": parent, "sections": sections})
     return {**facts, "nodes": nodes}
 
 
@@ -268,5 +269,16 @@ def _section_json(
     return facts
 
 
-def _joined_path(place: SnapshotPath, ids: tuple[str, ...]) -> tuple[str, ...]:
-    return (*place.ids, *ids)
+def _walked(root: Snapshot) -> Iterator[tuple[SnapshotPath, int, int | None, Snapshot]]:
+    """Every node with its path, its depth, and its parent's number; none takes longer if deep."""
+    depths: dict[int, tuple[int, int]] = {}
+    paths: list[SnapshotPath] = []
+    for path, node in root.walk():
+        depth, parent = 0, None
+        if path.parent is not None:
+            above, parent = depths[id(path.parent)]
+            depth = above + 1
+        depths[id(path)] = depth, len(paths)
+        # Alive, so that no other path is taken for it.
+        paths.append(path)
+        yield path, depth, parent, node

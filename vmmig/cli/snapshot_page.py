@@ -14,7 +14,7 @@ from vmmig.cli.words import count_text, decoded_text, shown, size_text, value_te
 from vmmig.codec import LARGE_BYTES, StoredSection
 from vmmig.errors import MigratableError
 from vmmig.inspection import PAGE_BYTES, Change, Comparison, Opened, page_map
-from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
+from vmmig.snapshot import Snapshot, SnapshotDataSection, SnapshotPath, raw_view
 
 _HEX_BYTES = 4096
 _ALL_HEX_BYTES = 4 << 20
@@ -23,6 +23,7 @@ _FIELDS = 500
 _ALL_FIELDS = 50_000
 _ID_CHARACTERS = 200
 _CHANGES = 1000
+_ROWS = 20_000
 _CELLS = 1 << 14
 _PICTURES = 64
 
@@ -36,7 +37,7 @@ def render(
     """The page of a snapshot, and of what has changed since another one.
 
     Of each section it has the first 4 KiB, and of all together 4 MiB; of the RAM a picture of
-    16,384 cells at most.
+    16,384 cells at most; and of the tree the first 20,000 nodes and sections.
 
     Raises:
         MigratableError: The index, or a large section, cannot be read.
@@ -73,20 +74,30 @@ class _Page:
             for change in self._changes:
                 self._changed.setdefault((change.path.ids, change.section), []).append(change)
         nodes: list[dict[str, Any]] = []
-        numbers: dict[tuple[str, ...], int] = {}
-        total_sections = total_bytes = 0
+        numbers: dict[int, int] = {}
+        paths: list[SnapshotPath] = []
+        rows = total_nodes = total_sections = total_bytes = 0
+        left_out = 0
         for path, node in opened.snapshot.walk():
-            ids = path.ids
-            numbers[ids] = len(nodes)
-            sections = [self._section(ids, each) for _, each in sorted(node.snapshot_data.items())]
-            total_sections += len(sections)
+            total_nodes += 1
+            total_sections += len(node.snapshot_data)
             total_bytes += sum(section.nbytes for section in node.snapshot_data.values())
+            rows += 1 + len(node.snapshot_data)
+            if rows > _ROWS:
+                left_out += 1
+                continue
+            # By identity: to hash a path, or to compare it, takes as long as it is deep.
+            numbers[id(path)] = len(nodes)
+            paths.append(path)
+            ids = path.ids if node.snapshot_data or self._changed else ()
             nodes.append(
                 {
                     "id": _id(node.id),
-                    "parent": numbers[ids[:-1]] if ids else -1,
+                    "parent": numbers[id(path.parent)] if path.parent is not None else -1,
                     "change": self._status(ids, None),
-                    "sections": sections,
+                    "sections": [
+                        self._section(ids, each) for _, each in sorted(node.snapshot_data.items())
+                    ],
                 }
             )
         facts = [("format", opened.format)]
@@ -99,10 +110,12 @@ class _Page:
         facts.append(
             (
                 "content",
-                f"{count_text(len(nodes), 'node')}, "
+                f"{count_text(total_nodes, 'node')}, "
                 f"{count_text(total_sections, 'section')}, {size_text(total_bytes)}",
             )
         )
+        if left_out:
+            facts.append(("left out here", count_text(left_out, "node")))
         if before is not None:
             facts.append(("compared with", shown(before.url)))
         return {

@@ -12,7 +12,7 @@ import click
 from vmmig import formats
 from vmmig.cli.console import CancelOnSignals, fails_with, showing_work
 from vmmig.cli.urls import options_for, with_url_options
-from vmmig.cli.words import count_text, joined, ranges_text, shown, size_text
+from vmmig.cli.words import count_text, path_json, ranges_text, shown, size_text
 from vmmig.codec import CHUNK_BYTES, Examination, SectionVerdict, examine
 from vmmig.errors import DecodeError, MigratableError, MigrateReceiveError
 from vmmig.inspection import is_file
@@ -58,7 +58,7 @@ def verify(source: str, format: str | None, as_json: bool, **options: Any) -> No
             with signals.at_once():
                 found = examine(data, progress=progress)
                 sound, document, lines = found.sound, _document(url, found), [*_lines(url, found)]
-    click.echo(json.dumps(document, indent=2) if as_json else joined(lines))
+    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(lines))
     sys.exit(0 if sound else 1)
 
 
@@ -147,7 +147,7 @@ def _document(url: str, found: Examination) -> dict[str, Any]:
         "damages": [{"where": damage.where, "what": damage.what} for damage in found.damages],
         "sections": [
             {
-                "path": section.path.ids,
+                "path": path_json(section.path),
                 "id": section.id,
                 "nbytes": section.nbytes,
                 "verdict": section.verdict,

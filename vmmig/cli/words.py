@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vmmig._units import format_bytes
 from vmmig.formats import Decoded
 from vmmig.memory import MemoryRangeTable
+from vmmig.snapshot import SnapshotPath
 
 _LONGEST = 120
+DEEPEST = 64
 
 
 def shown(text: str) -> str:
@@ -121,6 +123,11 @@ def decoded_json(decoded: Decoded) -> dict[str, Any]:
     }
 
 
-def joined(lines: Iterable[str]) -> str:
-    """Lines as one text, so that it is written at once."""
-    return "\n".join(lines)
+def path_json(path: SnapshotPath) -> list[str] | None:
+    """A node's ids as JSON has them; None where it is deeper than anything but an attack.
+
+    >>> path_json(SnapshotPath().child("cpu-manager").child("cpu0"))
+    ['cpu-manager', 'cpu0']
+    """
+    ids = path.ids
+    return [*ids] if len(ids) <= DEEPEST else None

@@ -38,6 +38,8 @@ from vmmig.errors import DecodeError
 from vmmig.memory import MemoryRangeTable
 from vmmig.snapshot import Buffer, SnapshotPath
 
+Verdict = Literal["sound", "damaged", "lost", "unproven", "detached"]
+
 
 @attrs.frozen
 class Damage:
@@ -76,7 +78,7 @@ class SectionVerdict:
     path: SnapshotPath
     id: str
     nbytes: int
-    verdict: Literal["sound", "damaged", "lost", "unproven", "detached"]
+    verdict: Verdict
     lost: MemoryRangeTable = attrs.field(factory=MemoryRangeTable)
 
     def __str__(self) -> str:
@@ -152,6 +154,8 @@ class _Examiner:
         self._damages: list[Damage] = []
         self._found_bytes = source.total_bytes
         self._done_bytes = 0
+        self._small_start = 0
+        self._small = memoryview(b"")
 
     def run(self) -> Examination:
         header = self._header()
@@ -250,16 +254,8 @@ class _Examiner:
             if part.nbytes >= LARGE_BYTES:
                 self._check_padding(end, part)
                 end = part.end
-            lost, unproven = self._check_part(part, sums, proven)
-            stored = part.end - part.start
-            if part.detached:
-                verdict: str = "detached"
-            elif lost:
-                whole = lost.total_bytes == stored
-                verdict = "lost" if whole or part.compressed else "damaged"
-            else:
-                verdict = "unproven" if unproven else "sound"
-            yield SectionVerdict(place, part.id, part.nbytes, verdict, lost)  # type: ignore[arg-type]
+            own = sums[part.first_sum : part.first_sum + sums_in(part)]
+            yield self._check_part(part, place, own, proven, layout.small_end)
 
     def _check_padding(self, start: int, part: Part) -> None:
         end = min(part.start, self._found_bytes)
@@ -267,65 +263,86 @@ class _Examiner:
             self._damaged(str(part), "the bytes before it are not zero; its own are not affected")
 
     def _check_part(
-        self, part: Part, sums: list[int], proven: bool
-    ) -> tuple[MemoryRangeTable, bool]:
-        """The ranges that are lost, and whether something could not be proven."""
-        own = sums[part.first_sum : part.first_sum + sums_in(part)]
+        self, part: Part, path: SnapshotPath, own: list[int], proven: bool, small_end: int
+    ) -> SectionVerdict:
         stored = part.end - part.start
         there = max(min(self._found_bytes - part.start, stored), 0)
         spans: list[tuple[int, int]] = []
         unproven = mismatched = 0
+        refused: DecodeError | None = None
         frame = Decompression(part.nbytes, part) if part.compressed else None
         for at in range(0, there, REQUEST_BYTES):
-            view = self._source.view(
-                part.start + at, part.start + min(at + REQUEST_BYTES, there), part
-            )
+            start, end = part.start + at, part.start + min(at + REQUEST_BYTES, there)
+            view = self._view(start, end, part, small_end)
             for i, found in enumerate(chunk_sums(view), at // CHUNK_BYTES):
-                whole = min((i + 1) * CHUNK_BYTES, stored) <= there
-                if i >= len(own) or (not whole):
+                first, last = i * CHUNK_BYTES, min((i + 1) * CHUNK_BYTES, stored)
+                if i >= len(own) or last > there:
                     unproven += 1
                 elif found != own[i]:
                     mismatched += 1
-                    spans.append((i * CHUNK_BYTES, min((i + 1) * CHUNK_BYTES, stored)))
+                    _extend(spans, first, last)
             if frame is not None and not spans:
-                frame = self._decompress(frame, view, part)
+                refused = refused or _refused(frame, view)
             self._done_bytes += view.nbytes
             self._progress(self._done_bytes, self._found_bytes)
         if frame is not None and not spans and there == stored:
-            self._decompress(frame, None, part)
+            refused = refused or _refused(frame, None)
         if not part.nbytes and own and own[0] != xxh3_64_intdigest(b""):
             unproven += 1
         if mismatched and not proven:
             # Which of the two is damaged cannot be told.
             what = "its checksum does not match, but may itself be damaged"
-            self._damaged(str(part), f"{what} ({mismatched} of {len(own)})")
-            return MemoryRangeTable.from_spans([], []), True
-        if spans:
-            first, last = spans[0]
-            more = f", and {len(spans) - 1} more MiB" if len(spans) > 1 else ""
+            self._damaged(path.section(part.id), f"{what} ({mismatched} of {len(own)})")
+            unproven, spans = mismatched, []
+        elif spans:
+            first, last = spans[0][0], min(spans[0][0] + CHUNK_BYTES, stored)
+            more = f", and {mismatched - 1} more MiB" if mismatched > 1 else ""
             what = f"damaged: the checksum of its bytes {first} to {last - 1} does not match{more}"
-            self._damaged(str(part), what)
+            self._damaged(path.section(part.id), what)
+        elif refused is not None:
+            self._damaged(path.section(part.id), str(refused.cause))
+            spans = [(0, there)]
         if there < stored:
             what = f"cut off: {stored - there} of its {stored} bytes are missing"
-            self._damaged(str(part), what)
-            spans.append((there, stored))
+            self._damaged(path.section(part.id), what)
+            _extend(spans, there, stored)
         lost = MemoryRangeTable.from_spans([a for a, _ in spans], [b for _, b in spans])
-        return lost, bool(unproven)
+        verdict: Verdict = "unproven" if unproven else "sound"
+        if part.detached:
+            verdict = "detached"
+        elif spans:
+            verdict = "lost" if part.compressed or lost.total_bytes == stored else "damaged"
+        return SectionVerdict(path, part.id, part.nbytes, verdict, lost)
 
-    def _decompress(
-        self, frame: Decompression, view: memoryview | None, part: Part
-    ) -> Decompression | None:
-        """The frame, or None once it has shown itself to be damaged."""
-        try:
-            if view is None:
-                frame.finish()
-            else:
-                for _ in frame.pieces(view):
-                    pass
-        except DecodeError as error:
-            self._blame(error, str(part))
-            return None
-        return frame
+    def _view(self, start: int, end: int, part: Part, small_end: int) -> memoryview:
+        """Some stored bytes; small sections are fetched many at once."""
+        if part.nbytes >= LARGE_BYTES:
+            return self._source.view(start, end, part)
+        known = self._small_start, self._small_start + self._small.nbytes
+        if not known[0] <= start <= end <= known[1]:
+            stop = max(min(start + REQUEST_BYTES, small_end, self._found_bytes), end)
+            self._small_start = start
+            self._small = self._source.view(start, stop, "the small sections")
+        return self._small[start - self._small_start : end - self._small_start]
+
+
+def _extend(spans: list[tuple[int, int]], first: int, last: int) -> None:
+    if spans and spans[-1][1] == first:
+        first = spans.pop()[0]
+    spans.append((first, last))
+
+
+def _refused(frame: Decompression, view: memoryview | None) -> DecodeError | None:
+    """What is wrong with the frame, as far as it goes."""
+    try:
+        if view is None:
+            frame.finish()
+        else:
+            for _ in frame.pieces(view):
+                pass
+    except DecodeError as error:
+        return error
+    return None
 
 
 def _repaired(head: bytes) -> tuple[int, Header] | None:
