@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -154,12 +155,14 @@ def restore(folder: Path, ram_mib: int, rounds: int) -> None:
         monitor.ask("migrate-incoming", uri="fd:from")
 
     def by_vmmig(monitor: Monitor) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            monitor.ask("getfd", theirs.fileno(), fdname="from")
+        # A socket holds less than a pipe may, so that on a busy machine both sides often wait.
+        theirs, ours = os.pipe()
+        fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, MIB)
+        monitor.ask("getfd", theirs, fdname="from")
+        os.close(theirs)
 
         def write() -> None:
-            with ours, ours.makefile("wb", buffering=0) as file:
+            with open(ours, "wb", buffering=0) as file:
                 qemu.write_stream(recv(container, lazily=True), file)
 
         writing = threading.Thread(target=write)
