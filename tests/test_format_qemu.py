@@ -613,3 +613,82 @@ def test_little_memory_for_what_is_only_named() -> None:
     assert peak < 4 << 20
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
     assert resident < 1 << 30
+
+
+# virtio
+
+
+def virtio(*, express: bool, vectors: int, queues: int, subsections: bytes = b"") -> bytes:
+    """A virtio device's state on PCI."""
+    config = bytearray(4096 if express else 256)
+    config[0x34] = 0x40
+    if express:
+        config[0x40:0x42] = 0x10, 0x50 if vectors else 0
+    if vectors:
+        at = 0x50 if express else 0x40
+        config[at : at + 4] = 0x11, 0, vectors - 1, 0x80
+    state = struct.pack(">i", 2) + config + struct.pack(">4I", 1, 0, 0, 0)
+    if vectors:
+        state += bytes(16 * vectors) + bytes((vectors + 7) // 8) + b"\0\5"
+    state += struct.pack(">BBHII3sI", 15, 1, 2, 0x44, 3, b"cfg", queues)
+    for queue in range(queues):
+        state += struct.pack(">IQH", 256, queue << 12, queue) + (b"\0\6" if vectors else b"")
+    return state + b"own" + subsections
+
+
+@given(st.booleans(), st.integers(0, 20), st.integers(0, 4))
+def test_virtio_on_pci(express: bool, vectors: int, queues: int) -> None:
+    rings = struct.pack(">QQ", 1, 2) * queues + bytes(16 * (1024 - queues))
+    subsections = (
+        streams.subsection("virtio/64bit_features", bytes(7) + b"\1")
+        + streams.subsection("virtio/virtqueues", rings)
+        + streams.subsection("virtio/extra_state", b"\5\7pci/one")
+        + streams.subsection("virtio/started", b"\1")
+    )
+    state = virtio(express=express, vectors=vectors, queues=queues, subsections=subsections)
+    name = "0000:00:01.0/virtio-blk"
+    device = {"name": name, "fields": [streams.field("v", "virtio", len(state))]}
+    snapshot = read(
+        streams.head()
+        + streams.section(4, 1, name, state)
+        + streams.footer(1)
+        + streams.EOF
+        + streams.description([device])
+    )
+    fields = fields_of(snapshot, name)["v"]
+    assert isinstance(fields, dict)
+    assert len(fields["pci_config"]) == (4096 if express else 256)
+    assert fields.get("config_vector") == (5 if vectors else None)
+    assert (fields["status"], fields["isr"], fields["queue_sel"]) == (15, 1, 2)
+    assert (fields["guest_features_lo"], fields["config"], fields["device"]) == (
+        0x44,
+        b"cfg",
+        b"own",
+    )
+    assert [queue["desc"] >> 12 for queue in fields["queues"]] == [*range(queues)]
+    assert all(queue.get("vector") == (6 if vectors else None) for queue in fields["queues"])
+    assert fields["virtio/64bit_features"] == {"guest_features": 1}
+    assert fields["virtio/virtqueues"]["vring"] == [{"avail": 1, "used": 2}] * queues
+    assert fields["virtio/extra_state"] == b"\5\7pci/one"
+    assert fields["virtio/started"] is True
+
+
+VIRTIO = [
+    virtio(express=False, vectors=2, queues=1),
+    virtio(express=True, vectors=0, queues=2, subsections=streams.subsection("virtio/broken", b"")),
+]
+
+
+@given(changed(VIRTIO), st.booleans())
+def test_any_virtio(state: bytes, mmio: bool) -> None:
+    name = "virtio-mmio@0/virtio-blk" if mmio else "virtio-blk"
+    described = [{"name": name, "fields": [streams.field("v", "virtio", len(state))]}]
+    snapshot = read(
+        streams.head()
+        + streams.section(4, 1, name, state)
+        + streams.footer(1)
+        + streams.EOF
+        + streams.description(described)
+    )
+    fields = fields_of(snapshot, name)["v"]
+    assert fields == state or isinstance(fields, dict)

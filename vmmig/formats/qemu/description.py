@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from vmmig.errors import DecodeError
+from vmmig.formats.qemu import virtio
 
 MAX_BYTES = 1 << 26
 
@@ -92,12 +93,13 @@ def decode(device: dict[str, Any], state: bytes) -> dict[str, object]:
     >>> decode({"fields": [regs]}, bytes.fromhex("0001 0002"))
     {'regs': [1, 2]}
     """
-    return _Decoding(state).device(device)
+    return _Decoding(state, str(device.get("name"))).device(device)
 
 
 class _Decoding:
-    def __init__(self, state: bytes) -> None:
+    def __init__(self, state: bytes, name: str) -> None:
         self._state = state
+        self._name = name
         self._steps = _MAX_STEPS
 
     def device(self, described: dict[str, Any]) -> dict[str, object]:
@@ -175,6 +177,8 @@ class _Decoding:
                 pass
             return data
         type, _, _ = str(field.get("type", "")).partition(" ")
+        if type == "virtio":
+            return virtio.decode(data, mmio=self._name.startswith("virtio-mmio@")) or data
         if type == "bool" and size == 1:
             return data != b"\0"
         if type in _UNSIGNED and size <= 8:
