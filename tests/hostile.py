@@ -21,7 +21,9 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
+from tests import qemu_streams as streams
 from vmmig import (
+    DecodeError,
     Limits,
     MigratableError,
     MigrateReceiveError,
@@ -37,6 +39,7 @@ from vmmig import (
 from vmmig import SnapshotDataSection as Section
 from vmmig.codec import HEADER_BYTES, encode, open_ranges, read_header
 from vmmig.codec.layout import Layout, decode_index
+from vmmig.formats import qemu
 from vmmig.transfer import Progress
 
 LIMITS = Limits(max_nodes=1000, max_bytes=1 << 22, max_id_bytes=1 << 12)
@@ -317,6 +320,21 @@ def _events(data: bytes, piece_bytes: int) -> list[str]:
     return [*events, repr(memory)]
 
 
+# Files of QEMU
+
+
+def qemu_stream(data: bytes) -> None:
+    """What is read of a migration stream gives the same bytes again, and is decoded."""
+    try:
+        snapshot = qemu.read_stream(io.BytesIO(data))
+    except DecodeError:
+        return
+    assert b"".join(qemu.chunks(snapshot)) == data
+    for name, node in snapshot.snapshots.items():
+        if "state" in node.snapshot_data:
+            qemu.decode(snapshot, (name,), "state")
+
+
 RECEIVERS: dict[str, Callable[[bytes], None]] = {
     "container": container,
     "stream": stream,
@@ -324,6 +342,7 @@ RECEIVERS: dict[str, Callable[[bytes], None]] = {
     "http_answer": http_answer,
     "request": request,
     "messages": messages,
+    "qemu_stream": qemu_stream,
 }
 
 
@@ -407,4 +426,10 @@ SEEDS: dict[str, list[bytes]] = {
     "http_answer": _answers(),
     "request": _requests(),
     "messages": _messages(),
+    "qemu_stream": [
+        streams.golden(),
+        streams.golden(footers=False),
+        streams.golden(described=False),
+        streams.golden(footers=False, described=False),
+    ],
 }

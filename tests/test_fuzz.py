@@ -85,6 +85,12 @@ def test_peers_of_a_live_migration(data: bytes) -> None:
     hostile.messages(data)
 
 
+@settings(max_examples=400)
+@given(changed(hostile.SEEDS["qemu_stream"]))
+def test_streams_of_qemu(data: bytes) -> None:
+    hostile.qemu_stream(data)
+
+
 @pytest.mark.parametrize("name", hostile.RECEIVERS)
 def test_right_inputs(name: str) -> None:
     for seed in hostile.SEEDS[name]:

@@ -81,7 +81,7 @@ class Window:
         self.at = 0
         self.view.release()
         if count > len(self._buffer):
-            self._buffer = bytearray(count + _WINDOW_BYTES)
+            self._buffer = bytearray(max(count, 2 * len(self._buffer)))
         self._buffer[: len(kept)] = kept
         room = memoryview(self._buffer)
         have = len(kept)
@@ -157,7 +157,7 @@ class Window:
         """Have all the bytes up to the end in memory, to go back within them; they are returned."""
         begin = self.offset
         data = self.rest(what)
-        self._begin, self._readinto, self.at = begin, None, 0
+        self._begin, self._readinto, self._buffer, self.at = begin, None, bytearray(), 0
         self.view = memoryview(data)
         self.address = address_of(self.view) if data else 0
         return data
