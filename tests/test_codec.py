@@ -344,6 +344,24 @@ class TestHostileBytes:
         back.find("ram").section("high").snapshot = b"mended"
         assert back.find("ram").section("high") == SnapshotDataSection("high", b"mended")
 
+    def test_in_pieces_damage_is_found_where_it_is_and_nowhere_else(self) -> None:
+        high = bytes(LARGE.find("ram").section("high").snapshot)
+        data = bytearray(dumps(LARGE))
+        data[data.find(high[-5:])] ^= 1
+        section = loads(data, lazily=True).find("ram").section("high")
+        view, check = section.in_pieces()
+        assert view.nbytes == len(high)
+        for start, end in ((0, 1), (1, 2 << 20), (5, 5), (0, 2 << 20)):
+            check(start, end)
+        for _ in range(2):
+            with pytest.raises(DecodeError, match="does not match") as caught:
+                check(0, len(high))
+            assert caught.value.where == "$.snapshots['ram'].snapshot_data['high']"
+        section.snapshot = b"mended"
+        view, check = section.in_pieces()
+        check(0, 6)
+        assert view == b"mended"
+
     def test_filling_bytes_must_be_zero(self) -> None:
         before_section = dumps(tree(a=b"x", ram=bytes(LARGE_BYTES)))
         before_table = dumps(tree(ram=bytes(LARGE_BYTES + 1)))

@@ -208,6 +208,23 @@ def test_what_was_restored_gives_the_same_state_again(host: Host, saved: Saved) 
     assert state(other) == "running"
 
 
+def test_ram_that_is_checked_while_qemu_takes_it(host: Host, saved: Saved, tmp_path: Path) -> None:
+    there, machine = host.waiting()
+    machine.restore(vmmig.recv(saved.path, lazily=True))
+    machine.resume()
+    Running(there, machine, saved.text).counts_on()
+
+    data = bytearray(saved.path.read_bytes())
+    ram = vmmig.recv(saved.path).find("ram").section("pc.ram").snapshot
+    middle = data.index(bytes(memoryview(ram)[64 << 20 : (64 << 20) + 4096]), len(data) // 2)
+    data[middle] ^= 1
+    damaged = tmp_path / "damaged.vmsnap"
+    damaged.write_bytes(data)
+    _, machine = host.waiting()
+    with pytest.raises(RestoreError, match=r"'pc\.ram'.*: damaged: the checksum"):
+        machine.restore(vmmig.recv(damaged, lazily=True))
+
+
 def test_a_paused_guest_gives_its_state_to_one_client_only(host: Host) -> None:
     here = host.running()
     here.machine.pause()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, compress, islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -96,6 +96,22 @@ class SnapshotDataSection:
         """The section's size in bytes."""
         return raw_view(self.snapshot).nbytes
 
+    def in_pieces(self) -> tuple[memoryview, Callable[[int, int], None]]:
+        """The bytes, for one who goes through them once, and what he calls for each piece.
+
+        The second function is to be called before the bytes from a start to an end are used. What
+        came from a file lazily is checked then, piece by piece, not as a whole beforehand.
+
+        Raises:
+            DecodeError: The second function finds the piece damaged.
+
+        >>> view, check = SnapshotDataSection("ram", b"0123").in_pieces()
+        >>> check(1, 3)
+        >>> bytes(view[1:3])
+        b'12'
+        """
+        return raw_view(self.snapshot), _check_nothing
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SnapshotDataSection):
             return NotImplemented
@@ -122,6 +138,10 @@ class SnapshotDataSection:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return SnapshotDataSection, (self.id, _pickled(self.snapshot, protocol))
+
+
+def _check_nothing(start: int, end: int) -> None:
+    """All is checked already."""
 
 
 @attrs.frozen(eq=False, repr=False)

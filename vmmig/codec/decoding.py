@@ -194,7 +194,7 @@ def load(
 class LazySection(SnapshotDataSection):
     """A section whose bytes are fetched and checked when they are first asked for."""
 
-    __slots__ = ("_fetch", "_nbytes", "_payload")
+    __slots__ = ("_fetch", "_nbytes", "_payload", "_pieces")
 
     # What attrs.evolve calls, with a payload; the rest of vmmig gives a fetch.
     def __init__(
@@ -203,8 +203,10 @@ class LazySection(SnapshotDataSection):
         snapshot: Buffer = b"",
         *,
         fetch: Callable[[], Buffer] | None = None,
+        pieces: Callable[[], tuple[memoryview, Callable[[int, int], None]]] | None = None,
         nbytes: int = 0,
     ) -> None:
+        self._pieces = pieces
         self.id = id
         self.snapshot = snapshot  # pyright: ignore
         self._fetch = fetch
@@ -223,6 +225,11 @@ class LazySection(SnapshotDataSection):
         raw_view(payload)
         self._payload = payload
         self._fetch = None
+
+    def in_pieces(self) -> tuple[memoryview, Callable[[int, int], None]]:
+        if self._fetch is None or self._pieces is None:
+            return super().in_pieces()
+        return self._pieces()
 
     @property
     def nbytes(self) -> int:
@@ -249,7 +256,27 @@ class _Container:
 
     def lazy(self, part: Part) -> LazySection:
         fetch = partial(self.fetch, partial(self.payload, part))
-        return LazySection(part.id, fetch=fetch, nbytes=part.nbytes)
+        pieces = None if part.compressed else partial(self.pieces, part)
+        return LazySection(part.id, fetch=fetch, pieces=pieces, nbytes=part.nbytes)
+
+    def pieces(self, part: Part) -> tuple[memoryview, Callable[[int, int], None]]:
+        """All of a part that is not compressed, and what checks pieces of it, each once."""
+        sums = self._all_sums()
+        view = self._source.view(part.start, part.end, part)
+        checked = bytearray(-(-part.nbytes // CHUNK_BYTES))
+
+        def check(start: int, end: int) -> None:
+            first, last = start // CHUNK_BYTES, -(-end // CHUNK_BYTES)
+            while (first := checked.find(0, first, last)) >= 0:
+                behind = checked.find(1, first, last)
+                behind = last if behind < 0 else behind
+                offset = first * CHUNK_BYTES
+                found = chunk_sums(view[offset : behind * CHUNK_BYTES])
+                with blaming(self._header):
+                    part.check(offset, found, sums)
+                checked[first:behind] = b"\1" * (behind - first)
+
+        return view, check
 
     def fetch(self, get: Callable[[], Buffer]) -> Buffer:
         """What `get` returns, with errors that know the container."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 from contextlib import suppress
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from vmmig.errors import MigratableError
-from vmmig.formats.qemu import chunks, read_stream
+from vmmig.formats.qemu import read_stream
+from vmmig.formats.qemu.writing import scattered, write_to
 from vmmig.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -129,10 +129,9 @@ class Feed(_Stream):
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
-        following = chunks(snapshot)
-        self._chunks = chain([next(following)], following)
+        self._parts = scattered(snapshot)
         super().__init__()
 
     def _move(self) -> None:
-        for chunk in self._chunks:
-            self._near.sendall(chunk)
+        with self._near.makefile("wb", buffering=0) as file:
+            write_to(file, self._parts)

@@ -35,7 +35,7 @@ from pathlib import Path
 import attrs
 
 from vmmig.codec import ReadableStream, WritableStream
-from vmmig.errors import DecodeError, MigratableError, MigrateSendError
+from vmmig.errors import DecodeError, MigrateSendError
 from vmmig.formats import Decoded
 from vmmig.formats.qemu import configuration, description, wire, writing
 from vmmig.formats.qemu.reading import Reader
@@ -146,16 +146,7 @@ def write_stream(snapshot: Snapshot, stream: WritableStream) -> None:
     Traceback (most recent call last):
     vmmig.errors.RestoreError: ...
     """
-    for chunk in chunks(snapshot):
-        view = memoryview(chunk)
-        while view:
-            try:
-                written_bytes = stream.write(view)
-            except Exception as error:
-                raise MigratableError(f"the stream could not be written: {error}") from error
-            if not written_bytes:
-                raise MigratableError("the stream takes no more: it must be a blocking one")
-            view = view[written_bytes:]
+    writing.write_to(stream, writing.scattered(snapshot))
 
 
 def decode(root: Snapshot, path: tuple[str, ...], section_id: str) -> Decoded | None:

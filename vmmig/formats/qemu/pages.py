@@ -12,6 +12,10 @@ import sys
 from array import array
 from collections.abc import Iterator
 
+import attrs
+
+from vmmig._native import address_of, write_records
+
 _FIRST_STEP = 8
 _LAST_STEP = 4096
 
@@ -53,6 +57,43 @@ def plain_records(first: int, pages: memoryview, page_bytes: int) -> bytes:
     parts[0::2] = [numbers[i : i + 8] for i in range(0, 8 * count, 8)]
     parts[1::2] = [pages[i : i + page_bytes] for i in range(0, len(pages), page_bytes)]
     return b"".join(parts)
+
+
+@attrs.frozen(eq=False)
+class PlainRecords:
+    """The records of consecutive plain pages, not put together yet.
+
+    Attributes:
+        first: The first one's header.
+        pages: The pages.
+        page_bytes: The size of each.
+
+    >>> PlainRecords(0x28, memoryview(b"ab"), 1).joined().hex(" ", 9)
+    '000000000000002861 000000000000002962'
+    """
+
+    first: int
+    pages: memoryview
+    page_bytes: int
+
+    def joined(self) -> bytes:
+        """Their bytes."""
+        return plain_records(self.first, self.pages, self.page_bytes)
+
+    def write(self, fd: int) -> None:
+        """Write them to a descriptor that blocks, without a copy of the pages.
+
+        Raises:
+            OSError: They could not all be written.
+        """
+        count = len(self.pages) // self.page_bytes
+        write_records(
+            fd,
+            headers(self.first, count, self.page_bytes),
+            address_of(self.pages),
+            count=count,
+            piece_bytes=self.page_bytes,
+        )
 
 
 def count_zero_records(view: memoryview, at: int, first: int, most: int, page_bytes: int) -> int:

@@ -6,7 +6,7 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -17,7 +17,7 @@ from vmmig.errors import DecodeError, SnapshotError
 from vmmig.formats.qemu import pages
 from vmmig.formats.qemu.wire import CONTINUE, END_OF_SECTION, MEM_SIZE, PAGE, ZERO
 from vmmig.sealed import data_spans
-from vmmig.snapshot import Snapshot, raw_view
+from vmmig.snapshot import Snapshot
 
 _RUNS = "$.snapshot_data['stream-runs']"
 _BATCH_PAGES = 256
@@ -29,6 +29,7 @@ class _Block:
     length: int
     extra: int | None
     view: memoryview | None = None
+    check: Callable[[int, int], None] = attrs.field(default=lambda start, end: None)
     address: int = 0
     data: list[tuple[int, int]] = attrs.field(factory=list)
     sent: Any = None
@@ -97,7 +98,7 @@ class RamWriter:
                 parts.append(block.extra.to_bytes(8, "big"))
         return b"".join(parts)
 
-    def records(self, count: int) -> Iterator[bytes | memoryview]:
+    def records(self, count: int) -> Iterator[bytes | memoryview | pages.PlainRecords]:
         """The next ``count`` runs, and the end of the section."""
         for run in range(self._next_run, self._next_run + count):
             yield from self._run(run)
@@ -119,7 +120,7 @@ class RamWriter:
     def _check(self, ram: Snapshot, run: int) -> None:
         block, kind, page, end, _ = self._numbers(run)
         if block.view is None:
-            block.view = raw_view(ram.section(block.name).snapshot)
+            block.view, block.check = ram.section(block.name).in_pieces()
             if len(block.view) != block.length:
                 raise SnapshotError(
                     f"RAM block {block.name!r} has {len(block.view)} bytes in the snapshot, and "
@@ -165,7 +166,7 @@ class RamWriter:
                 )
             start = block.sent.find(b"\0", end)
 
-    def _run(self, run: int) -> Iterator[bytes | memoryview]:
+    def _run(self, run: int) -> Iterator[bytes | memoryview | pages.PlainRecords]:
         block, kind, page, end, header = self._numbers(run)
         named = not header & CONTINUE
         for count, data in self._sources(block, kind, run, page, end):
@@ -185,7 +186,7 @@ class RamWriter:
 
     def _continued(
         self, page: int, end: int, data: memoryview | None
-    ) -> Iterator[bytes | memoryview]:
+    ) -> Iterator[bytes | memoryview | pages.PlainRecords]:
         """Records of consecutive pages that name no block; without data, of zero pages."""
         size = self._page_bytes
         flags = CONTINUE | (ZERO if data is None else PAGE)
@@ -196,7 +197,7 @@ class RamWriter:
                 yield pages.zero_records(header, count, size)
             else:
                 start = (first - page) * size
-                yield pages.plain_records(header, data[start : start + count * size], size)
+                yield pages.PlainRecords(header, data[start : start + count * size], size)
 
     def _sources(
         self, block: _Block, kind: int, run: int, page: int, end: int
@@ -207,12 +208,16 @@ class RamWriter:
         last = block.last_run[page:end].tolist() if block.again else []
         newest = last.count(run + 1) == len(last)
         if newest and kind == PAGE:
-            yield end - page, view[page * size : end * size]
+            for first in range(page, end, _BATCH_PAGES):
+                stop = min(first + _BATCH_PAGES, end)
+                block.check(first * size, stop * size)
+                yield stop - first, view[first * size : stop * size]
         elif newest and self._is_zero(block, page, end):
             yield end - page, None
         else:
             for each in range(page, end):
                 if newest or last[each - page] == run + 1:
+                    block.check(each * size, (each + 1) * size)
                     zero = kind == ZERO and self._is_zero(block, each, each + 1)
                     yield 1, None if zero else view[each * size : (each + 1) * size]
                 elif kind == ZERO:
@@ -228,6 +233,7 @@ class RamWriter:
         while i < len(block.data) and block.data[i][0] < stop:
             start, data_end = max(block.data[i][0], begin), min(block.data[i][1], stop)
             i += 1
+            block.check(start, data_end)
             where = block.address + start
             if view[start] or libc().memcmp(where, where + 1, data_end - start - 1):
                 return False

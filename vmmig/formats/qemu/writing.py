@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vmmig.codec import WritableStream
 from vmmig.errors import DecodeError, MigratableError, SnapshotError
 from vmmig.formats.qemu import wire
+from vmmig.formats.qemu.pages import PlainRecords
 from vmmig.formats.qemu.replay import RamWriter
 from vmmig.snapshot import Snapshot, raw_view
 
@@ -40,11 +44,59 @@ def chunks(root: Snapshot) -> Iterator[bytes | memoryview]:
         MigratableError: The tree is no QEMU stream's, or has what a stream cannot carry; that
             is said before the first chunk, except for damage of the layout.
     """
+    parts = scattered(root)
+    return (part.joined() if isinstance(part, PlainRecords) else part for part in parts)
+
+
+def scattered(root: Snapshot) -> Iterator[bytes | memoryview | PlainRecords]:
+    """As `chunks`, with pages that were not put together with their headers."""
     with _blaming_layout():
         parts = _layout(root)
         ram = _ram_of(root, parts)
         _refuse_strange(root, parts, ram)
     return _joined(_pieces(root, parts, ram))
+
+
+def write_to(stream: WritableStream, parts: Iterable[bytes | memoryview | PlainRecords]) -> None:
+    """Write what `scattered` gives; pages are not copied on the way to a raw file or socket.
+
+    Raises:
+        MigratableError: It was not written, or not all of it.
+    """
+    fd = _descriptor_of(stream)
+    for part in parts:
+        if isinstance(part, PlainRecords):
+            if fd is not None:
+                with _failing():
+                    part.write(fd)
+                continue
+            part = part.joined()
+        view = memoryview(part)
+        while view:
+            with _failing():
+                written_bytes = stream.write(view)
+            if not written_bytes:
+                raise MigratableError("the stream takes no more: it must be a blocking one")
+            view = view[written_bytes:]
+
+
+def _descriptor_of(stream: WritableStream) -> int | None:
+    """What can be written to past the stream: where it keeps nothing back, and blocks."""
+    if not isinstance(stream, io.RawIOBase) or not hasattr(os, "writev"):
+        return None
+    try:
+        fd = stream.fileno()
+        return fd if os.get_blocking(fd) else None
+    except OSError:
+        return None
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise MigratableError(f"the stream could not be written: {error}") from error
 
 
 @contextmanager
@@ -107,12 +159,16 @@ def _refuse_strange(root: Snapshot, parts: list[dict[str, Any]], ram: RamWriter 
         )
 
 
-def _joined(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+def _joined(
+    pieces: Iterator[bytes | memoryview | PlainRecords],
+) -> Iterator[bytes | memoryview | PlainRecords]:
     pending: list[bytes | memoryview] = []
     size = 0
     with _blaming_layout():
         for piece in pieces:
-            if len(piece) >= _LARGE_BYTES:
+            if isinstance(piece, PlainRecords) and len(piece.pages) < _LARGE_BYTES:
+                piece = piece.joined()
+            if isinstance(piece, PlainRecords) or len(piece) >= _LARGE_BYTES:
                 yield b"".join(pending)
                 pending, size = [], 0
                 yield piece
@@ -127,7 +183,7 @@ def _joined(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview
 
 def _pieces(
     root: Snapshot, parts: list[dict[str, Any]], ram: RamWriter | None
-) -> Iterator[bytes | memoryview]:
+) -> Iterator[bytes | memoryview | PlainRecords]:
     done: dict[str, int] = {}
     yield wire.MAGIC + wire.VERSION.to_bytes(4, "big")
     for part in parts:
