@@ -10,7 +10,7 @@ from contextlib import suppress
 from vmmig import sockets
 from vmmig._native import runs
 from vmmig.adapters.cloud_hypervisor.ram import RamFiles, check_covered, ram_mappings
-from vmmig.adapters.cloud_hypervisor.receiving import url_of
+from vmmig.adapters.cloud_hypervisor.receiving import cause_of, url_of
 from vmmig.errors import MigratableError, MigrateSendError, MissingExtraError
 from vmmig.formats.cloud_hypervisor import CONFIG, MEMORY, to_parts
 from vmmig.live import MigrationInDoubt
@@ -113,8 +113,7 @@ class _Sender:
         except Exception as error:
             if isinstance(error, MigrateSendError) and str(error.cause).startswith(repr(self.url)):
                 raise
-            cause = error.cause if isinstance(error, MigratableError) else error
-            raise self.transfer.failure(cause or repr(error)) from error
+            raise self.transfer.failure(cause_of(error)) from error
         self.transfer.finish()
         return self.transfer.total_bytes or 0
 
