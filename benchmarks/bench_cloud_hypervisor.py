@@ -93,7 +93,7 @@ def main(*, quick: bool = False) -> None:
                     "json": [],
                     "msgspec": [],
                 }
-                for _ in range(1 if quick else 5):
+                for _ in range(1 if quick else 3):
                     for name, found in runs.items():
                         found.append(measure(kind, name, path))
                 rows: list[tuple[object, ...]] = [

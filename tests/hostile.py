@@ -254,6 +254,11 @@ class _Served:
         self.address: tuple[str, int] = self._server.bind_addr
         threading.Thread(target=self._server.serve, daemon=True).start()
 
+    def stop(self) -> None:
+        """End its workers, which would keep the process from ending."""
+        self._server.stop()
+        self._folder.cleanup()
+
     def _log(self, msg: str = "", level: int = 20, traceback: bool = False) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
             self.logged.append(f"{msg}: {sys.exc_info()!r}")
@@ -262,6 +267,13 @@ class _Served:
 @cache
 def _served() -> _Served:
     return _Served()
+
+
+def stop() -> None:
+    """End the server, if `request` has started it."""
+    if _served.cache_info().currsize:
+        _served().stop()
+        _served.cache_clear()
 
 
 def request(data: bytes) -> None:

@@ -239,7 +239,7 @@ def object_of(draw: st.DrawFn, members: dict[str, str]) -> str:
 
 
 @st.composite
-def trees_of_today(draw: st.DrawFn, depth: int = 3) -> str:
+def trees_of_today(draw: st.DrawFn, depth: int = 2) -> str:
     names = draw(st.lists(st.sampled_from(["memory", "a", "é", "/"]), max_size=depth, unique=True))
     children = [f"{json.dumps(name)}: {draw(trees_of_today(depth=depth - 1))}" for name in names]
     members = {"snapshots": "{" + ",".join(children) + "}"}
@@ -254,7 +254,7 @@ def trees_of_today(draw: st.DrawFn, depth: int = 3) -> str:
 
 
 @st.composite
-def trees_of_2020(draw: st.DrawFn, id: str = "vm", depth: int = 3) -> str:
+def trees_of_2020(draw: st.DrawFn, id: str = "vm", depth: int = 2) -> str:
     names = draw(st.lists(st.sampled_from(["memory", "a", "é", "/"]), max_size=depth, unique=True))
     children = [
         f"{json.dumps(name)}: {draw(trees_of_2020(id=name, depth=depth - 1))}" for name in names
@@ -358,6 +358,34 @@ def test_the_json_alone_is_a_format(tmp_path: Path) -> None:
     assert values((tmp_path / "again.json").read_bytes()) == values(path.read_bytes())
 
 
+@given(text=trees_of_today())
+def test_a_snapshot_of_today_goes_through_the_json_of_2020(text: str) -> None:
+    vm = today.from_parts(b"{}", text.encode(), {0: b"ram"})
+    again = SEED_JSON.loads(SEED_JSON.dumps(vm))
+    assert again == vm
+    assert values(today.to_parts(again).state) == values(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (b"null", "no JSON object of unknown keys"),
+        (b'{"snapshots":{}}', "'snapshots' is what the tree itself has"),
+        (b'{"id":"x"}', "'id' is what the tree itself has"),
+        (b'{"snapshot_data":[]}', "no JSON object of unknown keys"),
+        (b'{"snapshot_data":{"s":1}}', "no JSON object of unknown keys"),
+        (b'{"a":1', "no JSON object of unknown keys"),
+    ],
+)
+def test_unknown_keys_that_are_none_are_refused(text: bytes, what: str) -> None:
+    vm = Snapshot("vm")
+    vm.add_data_section(SnapshotDataSection("s", b""))
+    vm.add_data_section(SnapshotDataSection("$vm.json", text))
+    with pytest.raises(SnapshotError, match=what) as raised:
+        SEED_JSON.dumps(vm)
+    assert "$.snapshot_data['$vm.json']: " in str(raised.value)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     ram = folder_of(tmp_path / "today", state_of((0, 3)), b"ram")
     old = FOLDER_2020.read(folder_2020_of(tmp_path / "old", tree_2020(), b"ram"))
@@ -369,6 +397,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     surrogate = Snapshot("vm")
     surrogate.add_snapshot(Snapshot("\ud800"))
     unranged = today.from_parts(b"{}", text_of(node()).encode(), {0: b"ram"})
+    odd = today.from_parts(b"{}", text_of(node()).encode(), {})
+    odd.add_data_section(SnapshotDataSection("$state.json", b'{"snapshot_data":[]}'))
     broken = today.from_parts(b"{}", text_of(node()).encode(), {})
     broken.add_data_section(SnapshotDataSection("config", b"{"))
     cases: list[tuple[Any, Snapshot, str]] = [
@@ -376,6 +406,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         (today, strange, "'cpu-manager'.*'regs'.*convert to another format"),
         (today, binary, "'cpu-manager'.*not UTF-8 from byte 0"),
         (today, unranged, "no ranges of memory, but there is RAM"),
+        (today, odd, "no JSON object of unknown keys"),
         (today, broken, "config.json, byte 1"),
         (FOLDER_2020, new, "'0x0'.*convert to another format"),
         (FOLDER_2020, surrogate, "cannot be written as UTF-8"),
@@ -531,7 +562,7 @@ TREES: list[tuple[str, str]] = [
     (SECTION % ("[1" + " " * 70_000 + "]"), "a byte from 0 to 255"),
     (SECTION % '[],"snapshot":[]', 'the key "snapshot" is there more than once'),
     (SECTION.replace('"id":"s"', '"id":"t"') % "[]", 'the id is "t" under the key "s"'),
-    (SECTION.replace('"s"', '"$rest"') % "[]", "no section can be called '$rest' here"),
+    (SECTION.replace('"s"', '"$vm.json"') % "[]", "no section can be called '$vm.json' here"),
     (SECTION.replace('"id":"s",', "") % "[]", "the section that ends here has no 'id'"),
     ('{"id":"vm","snapshots":{},"snapshot_data":{"s":{"id":"s"}}}', "has no 'snapshot'"),
     ('{"id":"vm","snapshots":{},"snapshot_data":null}', "an object must stand here"),
@@ -667,7 +698,7 @@ def test_exactly_that_is_read_which_is_json(
         return
     found = SEED_JSON.loads(text)
     for _, each in found.walk():
-        each.snapshot_data.pop("$rest", None)
+        each.snapshot_data.pop("$vm.json", None)
     assert found == expected
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,12 @@ _NUMBERS = st.builds(
     st.sampled_from([1, 2, 4, 8]),
     st.sampled_from(["little", "big"]),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _stopping() -> Iterator[None]:
+    yield
+    hostile.stop()
 
 
 @st.composite

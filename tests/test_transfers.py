@@ -175,7 +175,11 @@ def test_a_cancelled_send_leaves_what_was_there(url: str, stage: str) -> None:
     except MigrateSendError as error:
         failure = str(error)
     assert ("cancelled" in failure) == (stage != "done")
-    assert recv(url) == (OLD if failure else NEW)
+    if "it may be there nevertheless" in failure:  # the server did not wait for the cancellation
+        assert stage == "confirming"
+        assert recv(url) in (OLD, NEW)
+    else:
+        assert recv(url) == (OLD if failure else NEW)
 
 
 @at(*STORED)

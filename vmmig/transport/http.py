@@ -116,6 +116,10 @@ def send(chunks: Iterable[Buffer], transfer: Transfer) -> None:
                 tries.pause(error, body.what_is_left)
             except OSError as error:
                 raise transfer.failure(f"{_explained(error)}{body.what_is_left}") from error
+            except MigratableError as error:
+                if body.what_is_left and transfer.cancel.cancelled:
+                    raise transfer.failure(f"cancelled{body.what_is_left}") from error
+                raise
 
 
 def recv(transfer: Transfer) -> memoryview | RangeReader:
@@ -491,8 +495,8 @@ class _Body:
                 digest.update(piece)
                 transfer.advance(len(piece))
         self.digest = digest.digest()
-        transfer.enter("confirming")
         self.what_is_left = "; all of it was sent, so it may be there nevertheless"
+        transfer.enter("confirming")
 
 
 def _put(pool: _Pool, body: _Body) -> None:

@@ -32,12 +32,15 @@ MEMORY = "memory"
 STATE = "state"
 """The section of a node of today's trees that has its state, a text."""
 
-REST = "$rest"
-"""The section that has what a node's JSON has and the tree has not: a JSON object."""
-
 _T = TypeVar("_T")
 
 Generation = Literal["2020", "today"]
+
+REST: dict[Generation, str] = {"2020": "$vm.json", "today": "$state.json"}
+"""The section that has what a node's JSON has and the tree has not: a JSON object.
+
+Each generation has its own, for to the other it is a section like any other.
+"""
 
 _ENCODED_BYTES = 1 << 16
 
@@ -162,7 +165,7 @@ def with_memory(
     elif not node.snapshot_data and not node.snapshots:
         # The text has an empty node of this name, of which else nothing would tell.
         rest = b"{}" if generation == "2020" else b'{"snapshot_data":null}'
-        node.add_data_section(SnapshotDataSection(REST, rest))
+        node.add_data_section(SnapshotDataSection(REST[generation], rest))
     for id, payload in memory.items():
         node.add_data_section(SnapshotDataSection(id, payload))
     return snapshot
@@ -204,7 +207,7 @@ def _head(place: SnapshotPath, node: Snapshot, generation: Generation) -> Iterat
 
 
 def _tail(place: SnapshotPath, node: Snapshot, generation: Generation) -> Iterator[bytes]:
-    rest = _rest_of(place, node)
+    rest = _rest_of(place, node, generation)
     data = rest.pop("snapshot_data", None)
     if generation == "2020":
         yield b',"snapshot_data":{'
@@ -214,18 +217,20 @@ def _tail(place: SnapshotPath, node: Snapshot, generation: Generation) -> Iterat
         yield from _encoded_state(place, node, data)
     for key, value in rest.items():
         if key == "snapshots" or (key == "id" and generation == "2020"):
-            raise SnapshotError(f"{place.section(REST)}: {key!r} is what the tree itself has")
+            where = place.section(REST[generation])
+            raise SnapshotError(f"{where}: {key!r} is what the tree itself has; remove the section")
         yield b"," + _member(key, value)
     yield b"}"
 
 
 def _encoded_state(place: SnapshotPath, node: Snapshot, data: bytes | None) -> Iterator[bytes]:
-    strange = [id for id in node.snapshot_data if id not in (STATE, REST)]
+    strange = [id for id in node.snapshot_data if id not in (STATE, REST["today"])]
     if strange:
         raise SnapshotError(
             f"{place.section(strange[0])}: a node of Cloud Hypervisor's state has one section, "
             f"{STATE!r}, and no other; convert to another format"
         )
+    others = {} if data is None or data == b"null" else _members(data, place, "today")
     if STATE in node.snapshot_data:
         try:
             text = str(raw_view(node.snapshot_data[STATE].snapshot), "utf-8")
@@ -234,22 +239,21 @@ def _encoded_state(place: SnapshotPath, node: Snapshot, data: bytes | None) -> I
                 f"{place.section(STATE)}: it is not UTF-8 from byte {error.start} on; "
                 "convert to another format"
             ) from error
-        others = {} if data in (None, b"null") else _members(data or b"{}", place)
         members = [_member(STATE, _text(text, place))]
         members += [_member(key, value) for key, value in others.items() if key != STATE]
         yield b',"snapshot_data":{' + b",".join(members) + b"}"
-    elif REST not in node.snapshot_data:
+    elif REST["today"] not in node.snapshot_data:
         yield b',"snapshot_data":null'
     elif data is not None:
         yield b',"snapshot_data":' + data
 
 
 def _encoded_sections(place: SnapshotPath, node: Snapshot, data: bytes | None) -> Iterator[bytes]:
-    others = {} if data is None else _members(data, place)
+    others = {} if data is None else _members(data, place, "2020")
     comma = b""
     for section in _sorted(node.snapshot_data):
         id = section.id
-        if id == REST:
+        if id == REST["2020"]:
             continue
         name = _text(id, place)
         yield comma + name + b':{"id":' + name + b',"snapshot":['
@@ -261,7 +265,7 @@ def _encoded_sections(place: SnapshotPath, node: Snapshot, data: bytes | None) -
             end = min(start + _ENCODED_BYTES, len(view))
             yield encode_integers(bytes_at(view, start, end))
         yield b"]"
-        for key, value in _members(others.get(id, b"{}"), place).items():
+        for key, value in _members(others.get(id, b"{}"), place, "2020").items():
             if key not in ("id", "snapshot"):
                 yield b"," + _member(key, value)
         yield b"}"
@@ -278,7 +282,7 @@ def _close(scanner: JsonScanner, top: _Open, generation: Generation) -> None:
     else:
         keep = bool(top.rest)
     if keep:
-        top.node.add_data_section(SnapshotDataSection(REST, _joined(top.rest)))
+        top.node.add_data_section(SnapshotDataSection(REST[generation], _joined(top.rest)))
 
 
 def _state(scanner: JsonScanner, node: Snapshot) -> bytes | None:
@@ -304,10 +308,8 @@ def _sections(scanner: JsonScanner, node: Snapshot) -> bytes | None:
     sections: set[str] = set()
     while (id := scanner.key(sections)) is not None:
         sections.add(id)
-        if id == REST:
-            scanner.fail(
-                f"no section can be called {REST!r} here: it is where unknown keys are kept"
-            )
+        if id == REST["2020"]:
+            scanner.fail(f"no section can be called {id!r} here: it is where unknown keys are kept")
         seen: set[str] = set()
         others: dict[str, bytes] = {}
         scanner.begin("{")
@@ -330,13 +332,12 @@ def _sections(scanner: JsonScanner, node: Snapshot) -> bytes | None:
     return _joined(rest) if rest else None
 
 
-def _rest_of(place: SnapshotPath, node: Snapshot) -> dict[str, bytes]:
-    if REST not in node.snapshot_data:
-        return {}
-    return _members(node.snapshot_data[REST].snapshot, place)
+def _rest_of(place: SnapshotPath, node: Snapshot, generation: Generation) -> dict[str, bytes]:
+    section = node.snapshot_data.get(REST[generation])
+    return {} if section is None else _members(section.snapshot, place, generation)
 
 
-def _members(text: Buffer, place: SnapshotPath) -> dict[str, bytes]:
+def _members(text: Buffer, place: SnapshotPath, generation: Generation) -> dict[str, bytes]:
     """The values of a JSON object as texts."""
     try:
         scanner = JsonScanner(text, "byte")
@@ -346,9 +347,9 @@ def _members(text: Buffer, place: SnapshotPath) -> dict[str, bytes]:
             members[key] = scanner.value()
         scanner.end()
     except DecodeError as error:
+        where = place.section(REST[generation])
         raise SnapshotError(
-            f"{place.section(REST)}: it is no JSON object of unknown keys: {error.cause}; "
-            "remove the section"
+            f"{where}: it is no JSON object of unknown keys: {error.cause}; remove the section"
         ) from error
     return members
 
