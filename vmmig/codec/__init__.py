@@ -62,6 +62,7 @@ from vmmig.codec.decoding import ReadableStream as ReadableStream
 from vmmig.codec.decoding import load as load
 from vmmig.codec.decoding import loads as loads
 from vmmig.codec.decoding import open_ranges as open_ranges
+from vmmig.codec.decoding import read_pieces as read_pieces
 from vmmig.codec.encoding import Encoding as Encoding
 from vmmig.codec.encoding import WritableStream as WritableStream
 from vmmig.codec.encoding import dump as dump

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import IO, Any, NoReturn
 
 from vmmig.codec.layout import CHUNK_BYTES
@@ -75,60 +75,63 @@ def compress_each(views: Iterable[memoryview], level: int) -> list[memoryview]:
 
 
 class Decompression:
-    """One frame, decompressed into memory of the size that it must have.
+    """One frame, decompressed piece by piece.
 
     Nothing that the frame says of itself is believed: it may need a window of 8 MiB at most.
 
     Args:
-        memory: What to fill.
+        nbytes: How many bytes it must make.
         where: The section's place, for messages.
     """
 
-    def __init__(self, memory: memoryview, where: object) -> None:
+    def __init__(self, nbytes: int, where: object) -> None:
         self._library = zstd()
         options = {self._library.DecompressionParameter.window_log_max: _MAX_WINDOW_LOG}
         self._frame = self._library.ZstdDecompressor(options=options)
-        self._memory = memory
-        self._filled = 0
+        self._nbytes = nbytes
+        self._made = 0
         self._where = where
 
-    def feed(self, stored: memoryview) -> None:
-        """Decompress the next bytes of the frame.
+    def feed(self, stored: memoryview) -> Iterator[tuple[int, bytes]]:
+        """Decompress the next bytes of the frame: what they make, of 1 MiB at most, and where.
 
         Raises:
             DecodeError: It is no frame, needs too large a window, or makes too many bytes.
         """
         for start in range(0, stored.nbytes, CHUNK_BYTES):
-            self._feed(stored[start : start + CHUNK_BYTES])
+            yield from self._feed(stored[start : start + CHUNK_BYTES])
+
+    def feed_into(self, memory: memoryview, stored: memoryview) -> None:
+        """As `feed`, into memory for all that the frame makes."""
+        for at, data in self.feed(stored):
+            memory[at : at + len(data)] = data
 
     def finish(self) -> None:
-        """Check that the frame has ended, and that the memory is full.
+        """Check that the frame has ended, and has made all bytes.
 
         Raises:
             DecodeError: It is not so.
         """
         if not self._frame.eof:
             self._refuse("its frame is cut off")
-        if self._filled != self._memory.nbytes:
-            self._refuse(
-                f"it makes only {self._filled} of the {self._memory.nbytes} bytes it should have"
-            )
+        if self._made != self._nbytes:
+            self._refuse(f"it makes only {self._made} of the {self._nbytes} bytes it should have")
 
-    def _feed(self, stored: memoryview | bytes) -> None:
+    def _feed(self, stored: memoryview | bytes) -> Iterator[tuple[int, bytes]]:
         frame = self._frame
         if frame.eof:
             self._refuse("bytes stand behind its frame")
         while True:
-            room = self._memory.nbytes - self._filled
+            room = self._nbytes - self._made
             try:
                 data = frame.decompress(stored, max_length=min(CHUNK_BYTES, room + 1))
             except self._library.ZstdError as error:
                 where = str(self._where)
                 raise DecodeError(f"not a sound frame: {error}", where=where) from error
             if len(data) > room:
-                self._refuse(f"it makes more than the {self._memory.nbytes} bytes it should have")
-            self._memory[self._filled : self._filled + len(data)] = data
-            self._filled += len(data)
+                self._refuse(f"it makes more than the {self._nbytes} bytes it should have")
+            self._made += len(data)
+            yield self._made - len(data), data
             if frame.eof and frame.unused_data:
                 self._refuse("bytes stand behind its frame")
             if frame.eof or frame.needs_input:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -154,10 +154,15 @@ def open_ranges(reader: RangeReader, *, limits: Limits | None = None) -> Snapsho
         numbers = range(len(layout.small_lengths))
         small = [partial(container.one_small, number) for number in numbers]
         large = [partial(container.payload, part) for part in layout.large]
+        streams = [partial(container.stream, part) for part in layout.large]
         sections = [
-            _LazySection(id, fetch=partial(container.fetch, get), nbytes=nbytes)
-            for id, get, nbytes in zip(
-                columns.section_ids, layout.arrange(small, large), columns.payloads, strict=True
+            _LazySection(id, fetch=partial(container.fetch, get), stream=stream, nbytes=nbytes)
+            for id, get, stream, nbytes in zip(
+                columns.section_ids,
+                layout.arrange(small, large),
+                layout.arrange([None] * len(small), streams),
+                columns.payloads,
+                strict=True,
             )
         ]
         return build(*columns[:4], sections)
@@ -191,10 +196,28 @@ def load(
         return _read(source, header, limits or _DEFAULT_LIMITS, detached)
 
 
+def read_pieces(section: SnapshotDataSection) -> Iterator[memoryview]:
+    """A section's bytes in pieces, from the first to the last, each checked before it is given.
+
+    What was opened lazily, and has not been touched, is fetched and decompressed as the iteration
+    comes to it, and not kept: a section may be larger than memory. All others are one piece.
+
+    Raises:
+        DecodeError: The section is damaged; the pieces before were not.
+        MigrateReceiveError: It could not be fetched.
+
+    >>> [bytes(piece) for piece in read_pieces(SnapshotDataSection("regs", b"0123"))]
+    [b'0123']
+    """
+    if isinstance(section, _LazySection):
+        return section.pieces()
+    return iter([raw_view(section.snapshot)])
+
+
 class _LazySection(SnapshotDataSection):
     """A section whose bytes are fetched and checked when they are first asked for."""
 
-    __slots__ = ("_fetch", "_nbytes", "_payload")
+    __slots__ = ("_fetch", "_nbytes", "_payload", "_stream")
 
     # What attrs.evolve calls, with a payload; the rest of vmmig gives a fetch.
     def __init__(
@@ -203,11 +226,13 @@ class _LazySection(SnapshotDataSection):
         snapshot: Buffer = b"",
         *,
         fetch: Callable[[], Buffer] | None = None,
+        stream: Callable[[], Iterator[memoryview]] | None = None,
         nbytes: int = 0,
     ) -> None:
         self.id = id
         self.snapshot = snapshot  # pyright: ignore
         self._fetch = fetch
+        self._stream = stream
         self._nbytes = nbytes
 
     @property
@@ -223,6 +248,12 @@ class _LazySection(SnapshotDataSection):
         raw_view(payload)
         self._payload = payload
         self._fetch = None
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes in pieces; none is kept, unless all of them are here."""
+        if self._fetch is None or self._stream is None:
+            return iter([raw_view(self.snapshot)])
+        return self._stream()
 
     @property
     def nbytes(self) -> int:
@@ -259,7 +290,8 @@ class _Container:
 
     def lazy(self, part: Part) -> _LazySection:
         fetch = partial(self.fetch, partial(self.payload, part))
-        return _LazySection(part.id, fetch=fetch, nbytes=part.nbytes)
+        stream = partial(self.stream, part)
+        return _LazySection(part.id, fetch=fetch, stream=stream, nbytes=part.nbytes)
 
     def fetch(self, get: Callable[[], Buffer]) -> Buffer:
         """What `get` returns, with errors that know the container."""
@@ -285,13 +317,31 @@ class _Container:
             part.check(0, chunk_sums(view), sums)
             return view
         memory = _memory(part.nbytes)
-        frame = Decompression(memory, part)
+        at = 0
+        for piece in self.pieces(part):
+            memory[at : at + len(piece)] = piece
+            at += len(piece)
+        return memory.toreadonly()
+
+    def pieces(self, part: Part) -> Iterator[memoryview]:
+        """As `payload`, in pieces of 16 MiB at most, each fetched when it is asked for."""
+        sums = self._all_sums()
+        frame = Decompression(part.nbytes, part) if part.compressed else None
         for start in range(part.start, part.end, _REQUEST_BYTES):
             view = self._source.view(start, min(start + _REQUEST_BYTES, part.end), part)
             part.check(start - part.start, chunk_sums(view), sums)
-            frame.feed(view)
-        frame.finish()
-        return memory.toreadonly()
+            if frame is None:
+                yield view
+            else:
+                for _, data in frame.feed(view):
+                    yield memoryview(data)
+        if frame is not None:
+            frame.finish()
+
+    def stream(self, part: Part) -> Iterator[memoryview]:
+        """What `pieces` yields, with errors that know the container."""
+        with blaming(self._header):
+            yield from self.pieces(part)
 
     def _all_sums(self) -> list[int]:
         with self._lock:
@@ -389,8 +439,8 @@ def _read(source: _Stream, header: Header, limits: Limits, detached: Sequence[Bu
         view, memory = memory[:nbytes], memory[nbytes + -nbytes % ALIGNMENT_BYTES :]
         source.skip_zeros(part.start - source.taken, part)
         if part.compressed:
-            frame = Decompression(view, part)
-            sums, error = source.decompress(part, frame)
+            frame = Decompression(part.nbytes, part)
+            sums, error = source.decompress(part, frame, view)
             frames.append((frame, error))
         else:
             sums = source.take_into(view, part)
@@ -445,7 +495,9 @@ class _Stream:
             sums.append(checksum(chunk))
         return sums
 
-    def decompress(self, part: Part, frame: Decompression) -> tuple[list[int], DecodeError | None]:
+    def decompress(
+        self, part: Part, frame: Decompression, into: memoryview
+    ) -> tuple[list[int], DecodeError | None]:
         """The checksum of each stored MiB, and what the frame refused.
 
         That comes second: where the bytes are damaged, their checksums will tell it better.
@@ -458,7 +510,7 @@ class _Stream:
             sums += self.take_into(chunk, part)
             try:
                 if error is None:
-                    frame.feed(chunk)
+                    frame.feed_into(into, chunk)
             except DecodeError as refused:
                 error = refused
         return sums, error
