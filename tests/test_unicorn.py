@@ -348,15 +348,13 @@ def test_a_vcpu_whose_state_the_engine_hides_is_not_snapshotted():
     "text",
     [
         b"",
-        b"\xff",
-        b"[]",
-        b"{}",
-        b'{"version": 2}',
         b'{"version": 1}',
-        b'{"version": 1, "is_off": 1}',
-        b'{"version": 1, "elapsed_ns": -1}',
-        b'{"version": 1, "registers": {}, "failure": null}',
-        b"[" * 100_000,
+        b"vmst\x01",
+        b"vmst\x01\x95\xa0\x01\xa0\x80\x80",
+        b"vmst\x01\x95\xabvmmig.power\x01\xa0\x81\xa6is_off\x01\x80",
+        b"vmst\x01\x95\xaevmmig.pm-timer\x01\xa0\x81\xaaelapsed_ns\xff\x80",
+        b"vmst\x01\x95\xafvmmig.x86-vcpu\x01\xa0\x80\x80",
+        b"vmst\x01" + b"\x91" * 100_000,
     ],
 )
 @pytest.mark.parametrize("part", ["power", "serial", "timer", "vcpu"])

@@ -70,6 +70,19 @@ if TYPE_CHECKING:
     from vmmig.snapshot import SnapshotDataSection as SnapshotDataSection
     from vmmig.snapshot import SnapshotPath as SnapshotPath
     from vmmig.snapshot import diff as diff
+    from vmmig.state import Added as Added
+    from vmmig.state import Changed as Changed
+    from vmmig.state import Length as Length
+    from vmmig.state import Range as Range
+    from vmmig.state import Removed as Removed
+    from vmmig.state import Renamed as Renamed
+    from vmmig.state import get_state as get_state
+    from vmmig.state import load_state as load_state
+    from vmmig.state import put_state as put_state
+    from vmmig.state import save_state as save_state
+    from vmmig.state import subsection as subsection
+    from vmmig.state import versioned as versioned
+    from vmmig.state import writing_versions as writing_versions
     from vmmig.traits import LiveMigratable as LiveMigratable
     from vmmig.traits import Migratable as Migratable
     from vmmig.traits import Pausable as Pausable
@@ -100,6 +113,8 @@ _HOMES = load_lazily(
         "sealed": "sealed_copy",
         "simulation": "Simulation TracePhase parse_trace simulate",
         "snapshot": "Difference Snapshot SnapshotDataSection SnapshotPath diff",
+        "state": "Added Changed Length Range Removed Renamed get_state load_state put_state "
+        "save_state subsection versioned writing_versions",
         "traits": "LiveMigratable Migratable Pausable PrecopyMigratable Snapshottable "
         "Transportable",
         "transfer": "CancelToken Options Progress",

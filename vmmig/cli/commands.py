@@ -10,6 +10,7 @@ from vmmig.cli.copying import recv, send
 from vmmig.cli.demo import demo, run
 from vmmig.cli.live import migrate, receive, simulate
 from vmmig.cli.offload import offload
+from vmmig.cli.schemas import compat, schema
 from vmmig.cli.serve import serve
 
 _EPILOG = """\b
@@ -46,7 +47,7 @@ def vmmig() -> None:
     """
 
 
-for _command in (demo, run, send, recv, serve, migrate, receive, simulate):
+for _command in (demo, run, send, recv, serve, migrate, receive, simulate, schema, compat):
     vmmig.add_command(verbose(_command))
 for _command in offload.commands.values():
     verbose(_command)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from vmmig.testing.faults import call_faults as call_faults
     from vmmig.testing.faults import failing as failing
     from vmmig.testing.faults import stream_faults as stream_faults
+    from vmmig.testing.states import corpus_breaks as corpus_breaks
+    from vmmig.testing.states import states as states
+    from vmmig.testing.states import upgrade_breaks as upgrade_breaks
     from vmmig.testing.strategies import component_trees as component_trees
     from vmmig.testing.strategies import corrupted_containers as corrupted_containers
     from vmmig.testing.strategies import memory_range_tables as memory_range_tables
@@ -50,6 +53,7 @@ _HOMES = load_lazily(
         "corpora": "corpus",
         "faults": "CallFault Cut FaultyStream FlipBit NoSpace Reorder Stall Trickle call_faults "
         "failing stream_faults",
+        "states": "corpus_breaks states upgrade_breaks",
         "strategies": "component_trees corrupted_containers memory_range_tables memory_ranges "
         "snapshot_data_sections snapshots",
     },

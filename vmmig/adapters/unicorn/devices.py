@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import attrs
 
-from vmmig.adapters.unicorn.state import list_of, load, number, only, save
 from vmmig.errors import MigratableError
 from vmmig.snapshot import Snapshot
+from vmmig.state import U8, U16, U64, Length, load_state, save_state, versioned
 
 _SERIAL_REGISTERS = {1: "ier", 2: "fcr", 3: "lcr", 4: "mcr", 7: "scr"}
 _LCR_DLAB = 0x80
@@ -22,33 +23,47 @@ _PM_TIMER_HZ = 3_579_545
 _SLP_EN = 1 << 13
 
 
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-_OCTET = only(number(8))
-
-
+@versioned("vmmig.serial", 1)
 @attrs.define
-class _SerialState:
-    ier: int = attrs.field(default=0, validator=_OCTET)
-    fcr: int = attrs.field(default=0, validator=_OCTET)
-    lcr: int = attrs.field(default=0, validator=_OCTET)
-    mcr: int = attrs.field(default=0, validator=_OCTET)
-    scr: int = attrs.field(default=0, validator=_OCTET)
-    divisor: int = attrs.field(default=12, validator=only(number(16)))
-    received: list[int] = attrs.field(factory=list, validator=only(list_of(number(8))))
-    transmitted_bytes: int = attrs.field(default=0, validator=only(number(64)))
+class SerialState:
+    """What a serial port holds.
+
+    >>> SerialState().divisor
+    12
+    """
+
+    ier: U8 = 0
+    fcr: U8 = 0
+    lcr: U8 = 0
+    mcr: U8 = 0
+    scr: U8 = 0
+    divisor: U16 = 12
+    received: Annotated[list[U8], Length(max=_FIFO_BYTES)] = attrs.field(factory=list)
+    transmitted_bytes: U64 = 0
 
 
+@versioned("vmmig.pm-timer", 1)
 @attrs.define
-class _TimerState:
-    elapsed_ns: int = attrs.field(default=0, validator=only(number(64)))
+class TimerState:
+    """What a power-management timer holds.
+
+    >>> TimerState().elapsed_ns
+    0
+    """
+
+    elapsed_ns: U64 = 0
 
 
+@versioned("vmmig.power", 1)
 @attrs.define
-class _PowerState:
-    is_off: bool = attrs.field(default=False, validator=only(_is_bool))
+class PowerState:
+    """What a power switch holds.
+
+    >>> PowerState().is_off
+    False
+    """
+
+    is_off: bool = False
 
 
 class SerialPort:
@@ -72,7 +87,7 @@ class SerialPort:
     ) -> None:
         self._id = id
         self._output = output
-        self._state = _SerialState()
+        self._state = SerialState()
         self.ports = range(base, base + 8)
 
     @property
@@ -92,7 +107,7 @@ class SerialPort:
 
     def snapshot(self) -> Snapshot:
         """One section: the registers, what waits to be received, how many bytes were sent."""
-        return save(self._id, self._state)
+        return save_state(self._id, self._state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over the state.
@@ -100,7 +115,7 @@ class SerialPort:
         Raises:
             RestoreError: The snapshot does not fit.
         """
-        self._state = load(snapshot, _SerialState)
+        self._state = load_state(snapshot, SerialState)
 
     def read(self, offset: int) -> int:
         """The register at ``offset``, as the guest reads it."""
@@ -174,7 +189,7 @@ class PmTimer:
         self._id = id
         self._clock_ns = clock_ns
         self._started_ns: int | None = None
-        self._state = _TimerState()
+        self._state = TimerState()
         self.ports = range(port, port + 1)
 
     @property
@@ -188,7 +203,7 @@ class PmTimer:
 
     def pause(self) -> None:
         """Stop the time."""
-        self._state = _TimerState(self._elapsed_ns())
+        self._state = TimerState(self._elapsed_ns())
         self._started_ns = None
 
     def resume(self) -> None:
@@ -198,7 +213,7 @@ class PmTimer:
 
     def snapshot(self) -> Snapshot:
         """One section: for how long the timer has run."""
-        return save(self._id, _TimerState(self._elapsed_ns()))
+        return save_state(self._id, TimerState(self._elapsed_ns()))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over the time.
@@ -206,7 +221,7 @@ class PmTimer:
         Raises:
             RestoreError: The snapshot does not fit.
         """
-        self._state = load(snapshot, _TimerState)
+        self._state = load_state(snapshot, TimerState)
         self._started_ns = None if self._started_ns is None else self._clock_ns()
 
     def read(self, offset: int) -> int:
@@ -243,7 +258,7 @@ class PowerSwitch:
     ) -> None:
         self._id = id
         self._switched_off = switched_off
-        self._state = _PowerState()
+        self._state = PowerState()
         self.ports = range(port, port + 1)
 
     @property
@@ -263,7 +278,7 @@ class PowerSwitch:
 
     def snapshot(self) -> Snapshot:
         """One section: whether the power is off."""
-        return save(self._id, self._state)
+        return save_state(self._id, self._state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over the state.
@@ -271,7 +286,7 @@ class PowerSwitch:
         Raises:
             RestoreError: The snapshot does not fit.
         """
-        self._state = load(snapshot, _PowerState)
+        self._state = load_state(snapshot, PowerState)
 
     def read(self, offset: int) -> int:
         """Zero: SLP_EN is write-only."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import attrs
 from unicorn import unicorn_const as uc_const
@@ -13,9 +13,9 @@ from unicorn import x86_const as x86
 
 from vmmig.adapters.unicorn.devices import PowerSwitch
 from vmmig.adapters.unicorn.ram import forget_translations
-from vmmig.adapters.unicorn.state import list_of, load, number, only, save
 from vmmig.errors import MigratableError, PauseError, RestoreError, ResumeError, SnapshotError
 from vmmig.snapshot import Snapshot
+from vmmig.state import U64, Range, load_state, save_state, versioned
 
 _NOWHERE = (1 << 64) - 1
 _MSR = x86.UC_X86_REG_MSR
@@ -76,23 +76,27 @@ _ACCESSES = {
 }
 
 
-def _are_registers(value: object) -> bool:
-    one, several = number(128), list_of(number(64))
-    return (
-        isinstance(value, dict)
-        and value.keys() == _REGISTERS.keys()
-        and all(one(v) or several(v) for v in value.values())
+_U128 = Annotated[int, Range(0, (1 << 128) - 1)]
+_TEXT_OR_NONE: Any = str | None
+_PAIRS = tuple[U64, U64]
+_DESCRIPTORS = tuple[U64, U64, U64, U64]
+
+
+def _type_of(register: str) -> Any:
+    if register in ("gdtr", "idtr", "ldtr", "tr"):
+        return _DESCRIPTORS
+    return _PAIRS if register[:2] == "fp" and register[2:].isdigit() else _U128
+
+
+VcpuState: Any = versioned("vmmig.x86-vcpu", 1)(
+    attrs.make_class(
+        "VcpuState",
+        {
+            **{name: attrs.field(type=_type_of(name)) for name in _REGISTERS},
+            "failure": attrs.field(type=_TEXT_OR_NONE),
+        },
     )
-
-
-def _is_text_or_none(value: object) -> bool:
-    return value is None or isinstance(value, str)
-
-
-@attrs.define
-class _VcpuState:
-    registers: dict[str, Any] = attrs.field(validator=only(_are_registers))
-    failure: str | None = attrs.field(validator=only(_is_text_or_none))
+)
 
 
 class GuestError(MigratableError):
@@ -237,7 +241,7 @@ class Vcpu:
         registers = self.registers()
         if registers["cs"] & 3:
             raise SnapshotError("the vCPU is not in ring 0; the engine cannot give all its state")
-        return save(self._id, _VcpuState(registers, self._failure))
+        return save_state(self._id, VcpuState(**registers, failure=self._failure))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over the registers.
@@ -245,8 +249,8 @@ class Vcpu:
         Raises:
             RestoreError: The vCPU runs, or the registers do not fit.
         """
-        state = load(snapshot, _VcpuState)
-        self.set_registers(**state.registers)
+        state = load_state(snapshot, VcpuState)
+        self.set_registers(**{name: getattr(state, name) for name in _REGISTERS})
         self._failure = state.failure
         if self._failure or self._power.is_off:
             self._over.set()
