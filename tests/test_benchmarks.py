@@ -35,4 +35,4 @@ def test_an_unknown_benchmark_is_refused() -> None:
         check=False,
     )
     assert run.returncode == 1
-    assert "there are codec" in run.stderr
+    assert "there are cloud_hypervisor, codec" in run.stderr

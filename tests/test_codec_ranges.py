@@ -27,6 +27,7 @@ from vmmig.codec import (
     loads,
     open_ranges,
     read_header,
+    read_pieces,
 )
 from vmmig.errors import DecodeError, MigrateReceiveError
 from vmmig.snapshot import Snapshot, SnapshotDataSection, raw_view
@@ -272,3 +273,31 @@ class TestFailures:
     def test_what_is_no_reader(self, reader: Any) -> None:
         with pytest.raises(DecodeError, match="the reader failed"):
             open_ranges(reader)
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("far", [True, False])
+def test_a_section_is_read_in_pieces_and_not_kept(compression: str | None, far: bool) -> None:
+    payload = bytes(20 << 20) + os.urandom(1 << 20) + b"text" * (5 << 18) + b"end"
+    tree = Snapshot("vm")
+    tree.add_data_section(SnapshotDataSection("ram", payload))
+    tree.add_data_section(SnapshotDataSection("regs", b"0123"))
+    data = dumps(tree, compression=compression)
+    opened = open_ranges(Recorder(data)) if far else loads(data, lazily=True)
+    pieces = [*read_pieces(opened.section("ram"))]
+    assert len(pieces) > 1
+    assert max(map(len, pieces)) <= 16 << 20
+    assert b"".join(pieces) == payload
+    assert b"".join(read_pieces(opened.section("regs"))) == b"0123"
+    if far or compression:
+        assert "not read yet" in repr(opened.section("ram"))
+    assert opened == tree
+    assert b"".join(read_pieces(opened.section("ram"))) == payload
+
+    damaged = bytearray(data)
+    damaged[data.rindex(b"text" * 8) if not compression else len(data) // 2] ^= 1
+    opened = open_ranges(Recorder(bytes(damaged))) if far else loads(damaged, lazily=True)
+    with pytest.raises(DecodeError, match="damaged") as caught:
+        for _ in read_pieces(opened.section("ram")):
+            pass
+    assert caught.value.version == 1

@@ -395,6 +395,47 @@ def test_memory_messages_leave_zeros_out(vm: Vm, tmp_path: Path) -> None:
     receiving.close()
 
 
+@pytest.mark.parametrize("order", ["CSX", "CMSX", "CMMSP", "FCSX", "FCSP", "FFCSX"])
+def test_every_order_that_is_allowed_in_golden_bytes(order: str, tmp_path: Path) -> None:
+    """F is MemoryFd, for slot 3 and then 4, M Memory, S State, X Complete, P CompletePaused."""
+    slots = [3, 4][: max(order.count("F"), 1)]
+    mappings = [{"slot": slot, "gpa": slot << 20, "size": PAGE, "file_offset": 0} for slot in slots]
+    mappings[0] |= {"gpa": 0x4000}
+    fds = {slot: os.memfd_create("ram", os.MFD_CLOEXEC) for slot in slots}
+    for fd in fds.values():
+        os.pwrite(fd, bytes(range(256)) * 16, 0)
+    vm = Vm(mappings, fds, {})
+    payload = bytes(range(256)) * 16
+    memory = "04000000000000001000000000000000 0040000000000000 0010000000000000"
+    messages = {
+        "C": framed(CONFIG, vm.config()),
+        "M": bytes.fromhex(memory) + payload,
+        "S": framed(STATE, vm.state()),
+        "X": bytes.fromhex("05000000000000000000000000000000"),
+        "P": bytes.fromhex("08000000000000000000000000000000"),
+    }
+    saving = Saving(tmp_path)
+    ok = bytes.fromhex("0100" + 28 * "0")
+    with connected(saving.path) as sock:
+        asked(sock, bytes.fromhex("01000000000000000000000000000000"), ok)
+        left = list(slots)
+        for each in order:
+            if each == "F":
+                slot = left.pop(0)
+                sock.sendall(bytes.fromhex("07000000000000000400000000000000"))
+                sock.sendmsg([bytes([slot, 0, 0, 0])], rights_to([fds[slot]]))
+                assert answered(sock) == ok
+            else:
+                asked(sock, messages[each], ok)
+        assert sock.recv(1) == b""
+    assert saving.result().resumed == (order[-1] == "X")
+    memory_of = recv(str(saving.url)).snapshots["memory"]
+    has_bytes = "F" in order or "M" in order
+    expected = payload if has_bytes else bytes(PAGE)
+    assert bytes(raw_view(memory_of.section("0x4000").snapshot)) == expected
+    vm.close()
+
+
 STEPS = ["Start", "MemoryFd", "Config", "State"]
 
 

@@ -317,8 +317,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
         pytest.skip("needs a mount namespace of its own")
     with serving(tmp_path, prefix=prefix) as (url, _):
         with pytest.raises(MigrateSendError, match=r"507 .*: No space left on device; free some"):
-            transport.send([bytes(4 * MIB)], f"{url}vm", total_bytes=4 * MIB)
-        data = bytes(900 << 10)
+            transport.send([b"x" * (4 * MIB)], f"{url}vm", total_bytes=4 * MIB)
+        data = b"x" * (900 << 10)
         transport.send([data], f"{url}vm", total_bytes=len(data))
         assert transport.recv(f"{url}vm") == data
 

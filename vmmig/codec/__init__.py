@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from vmmig.codec.decoding import load as load
     from vmmig.codec.decoding import loads as loads
     from vmmig.codec.decoding import open_ranges as open_ranges
+    from vmmig.codec.decoding import read_pieces as read_pieces
     from vmmig.codec.encoding import Encoding as Encoding
     from vmmig.codec.encoding import WritableStream as WritableStream
     from vmmig.codec.encoding import dump as dump
@@ -92,7 +93,7 @@ load_lazily(
     __name__,
     {
         "converter": "configure_converter make_converter",
-        "decoding": "RangeReader ReadableStream load loads open_ranges",
+        "decoding": "RangeReader ReadableStream load loads open_ranges read_pieces",
         "encoding": "Encoding WritableStream dump dumps encode",
         "examination": "Damage Examination SectionVerdict examine",
         "layout": "ALIGNMENT_BYTES CHUNK_BYTES FORMAT_VERSION HEADER_BYTES LARGE_BYTES MAGIC "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -154,10 +154,15 @@ def open_ranges(reader: RangeReader, *, limits: Limits | None = None) -> Snapsho
         numbers = range(len(layout.small_lengths))
         small = [partial(container.one_small, number) for number in numbers]
         large = [partial(container.payload, part) for part in layout.large]
+        streams = [partial(container.stream, part) for part in layout.large]
         sections = [
-            LazySection(id, fetch=partial(container.fetch, get), nbytes=nbytes)
-            for id, get, nbytes in zip(
-                columns.section_ids, layout.arrange(small, large), columns.payloads, strict=True
+            LazySection(id, fetch=partial(container.fetch, get), stream=stream, nbytes=nbytes)
+            for id, get, stream, nbytes in zip(
+                columns.section_ids,
+                layout.arrange(small, large),
+                layout.arrange([None] * len(small), streams),
+                columns.payloads,
+                strict=True,
             )
         ]
         return build(*columns[:4], sections)
@@ -191,10 +196,28 @@ def load(
         return _read(source, header, limits or _DEFAULT_LIMITS, detached)
 
 
+def read_pieces(section: SnapshotDataSection) -> Iterator[memoryview]:
+    """A section's bytes in pieces, from the first to the last, each checked before it is given.
+
+    What was opened lazily, and has not been touched, is fetched and decompressed as the iteration
+    comes to it, and not kept: a section may be larger than memory. All others are one piece.
+
+    Raises:
+        DecodeError: The section is damaged; the pieces before were not.
+        MigrateReceiveError: It could not be fetched.
+
+    >>> [bytes(piece) for piece in read_pieces(SnapshotDataSection("regs", b"0123"))]
+    [b'0123']
+    """
+    if isinstance(section, LazySection):
+        return section.pieces()
+    return iter([raw_view(section.snapshot)])
+
+
 class LazySection(SnapshotDataSection):
     """A section whose bytes are fetched and checked when they are first asked for."""
 
-    __slots__ = ("_fetch", "_nbytes", "_payload", "_pieces")
+    __slots__ = ("_fetch", "_nbytes", "_payload", "_stream", "_view")
 
     # What attrs.evolve calls, with a payload; the rest of vmmig gives a fetch.
     def __init__(
@@ -203,13 +226,15 @@ class LazySection(SnapshotDataSection):
         snapshot: Buffer = b"",
         *,
         fetch: Callable[[], Buffer] | None = None,
-        pieces: Callable[[], tuple[memoryview, Callable[[int, int], None]]] | None = None,
+        view: Callable[[], tuple[memoryview, Callable[[int, int], None]]] | None = None,
+        stream: Callable[[], Iterator[memoryview]] | None = None,
         nbytes: int = 0,
     ) -> None:
-        self._pieces = pieces
+        self._view = view
         self.id = id
         self.snapshot = snapshot  # pyright: ignore
         self._fetch = fetch
+        self._stream = stream
         self._nbytes = nbytes
 
     @property
@@ -227,9 +252,15 @@ class LazySection(SnapshotDataSection):
         self._fetch = None
 
     def in_pieces(self) -> tuple[memoryview, Callable[[int, int], None]]:
-        if self._fetch is None or self._pieces is None:
+        if self._fetch is None or self._view is None:
             return super().in_pieces()
-        return self._pieces()
+        return self._view()
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes in pieces; none is kept, unless all of them are here."""
+        if self._fetch is None or self._stream is None:
+            return iter([raw_view(self.snapshot)])
+        return self._stream()
 
     @property
     def nbytes(self) -> int:
@@ -256,10 +287,11 @@ class _Container:
 
     def lazy(self, part: Part) -> LazySection:
         fetch = partial(self.fetch, partial(self.payload, part))
-        pieces = None if part.compressed else partial(self.pieces, part)
-        return LazySection(part.id, fetch=fetch, pieces=pieces, nbytes=part.nbytes)
+        view = None if part.compressed else partial(self.checked_view, part)
+        stream = partial(self.stream, part)
+        return LazySection(part.id, fetch=fetch, view=view, stream=stream, nbytes=part.nbytes)
 
-    def pieces(self, part: Part) -> tuple[memoryview, Callable[[int, int], None]]:
+    def checked_view(self, part: Part) -> tuple[memoryview, Callable[[int, int], None]]:
         """All of a part that is not compressed, and what checks pieces of it, each once."""
         sums = self._all_sums()
         view = self._source.view(part.start, part.end, part)
@@ -302,13 +334,30 @@ class _Container:
             part.check(0, chunk_sums(view), sums)
             return view
         memory = memory_of(part.nbytes)
-        frame = DecompressionInto(memory, part)
+        at = 0
+        for piece in self.pieces(part):
+            memory[at : at + len(piece)] = piece
+            at += len(piece)
+        return memory.toreadonly()
+
+    def pieces(self, part: Part) -> Iterator[memoryview]:
+        """As `payload`, in pieces of 16 MiB at most, each fetched when it is asked for."""
+        sums = self._all_sums()
+        frame = Decompression(part.nbytes, part) if part.compressed else None
         for start in range(part.start, part.end, REQUEST_BYTES):
             view = self._source.view(start, min(start + REQUEST_BYTES, part.end), part)
             part.check(start - part.start, chunk_sums(view), sums)
-            frame.feed(view)
-        frame.finish()
-        return memory.toreadonly()
+            if frame is None:
+                yield view
+            else:
+                yield from map(memoryview, frame.pieces(view))
+        if frame is not None:
+            frame.finish()
+
+    def stream(self, part: Part) -> Iterator[memoryview]:
+        """What `pieces` yields, with errors that know the container."""
+        with blaming(self._header):
+            yield from self.pieces(part)
 
     def _all_sums(self) -> list[int]:
         with self._lock:
@@ -494,7 +543,7 @@ class _Stream:
             sums += self.take_into(chunk, part)
             try:
                 if error is None:
-                    frame.feed(chunk)
+                    frame.feed_into(into, chunk)
             except DecodeError as refused:
                 error = refused
         return sums, error

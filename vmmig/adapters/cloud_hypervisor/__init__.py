@@ -4,6 +4,7 @@
 peer of its migrations: a VM is stored at any URL, and restored from there, with no folder between.
 """
 
+from vmmig.adapters.cloud_hypervisor.api import ApiError as ApiError
 from vmmig.adapters.cloud_hypervisor.machine import CloudHypervisor as CloudHypervisor
 from vmmig.adapters.cloud_hypervisor.offload import OffloadReport as OffloadReport
 from vmmig.adapters.cloud_hypervisor.offload import offload_restore as offload_restore

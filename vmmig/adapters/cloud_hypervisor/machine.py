@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vmmig.adapters.cloud_hypervisor.api import Api, ApiError
-from vmmig.adapters.cloud_hypervisor.receiving import Received, receive_vm
+from vmmig.adapters.cloud_hypervisor.receiving import Received, cause_of, receive_vm
 from vmmig.adapters.cloud_hypervisor.sending import is_of_migration, send_vm
 from vmmig.errors import (
     MigratableError,
@@ -272,8 +272,7 @@ def _as(error_type: type[MigratableError]) -> Iterator[None]:
     except (MigratableError, OSError) as error:
         if type(error) is error_type:
             raise
-        cause = error.cause if isinstance(error, MigratableError) else error
-        raise error_type(cause) from error
+        raise error_type(cause_of(error)) from error
 
 
 def _nothing(_: Received, __: CancelToken) -> None:

@@ -14,7 +14,13 @@ import attrs
 
 from vmmig import sockets
 from vmmig.adapters.cloud_hypervisor.ram import ram_mappings, received_ram
-from vmmig.errors import MigratableError, MigrateReceiveError, MissingExtraError, ProtocolError
+from vmmig.errors import (
+    DecodeError,
+    MigratableError,
+    MigrateReceiveError,
+    MissingExtraError,
+    ProtocolError,
+)
 from vmmig.foreign import map_foreign
 from vmmig.formats.cloud_hypervisor import from_parts
 from vmmig.guest_memory import GuestMemory
@@ -136,8 +142,7 @@ class _Receiver:
         except MissingExtraError:
             raise
         except Exception as error:
-            cause = error.cause if isinstance(error, MigratableError) else error
-            raise MigrateReceiveError(f"{self.url!r}: {cause or repr(error)}") from error
+            raise MigrateReceiveError(f"{self.url!r}: {cause_of(error)}") from error
         finally:
             self._let_go()
 
@@ -308,6 +313,17 @@ def url_of(socket_path: str | os.PathLike[str]) -> str:
     """
     path = os.fsdecode(socket_path)
     return path if path.startswith("unix:") else f"unix:{path}"
+
+
+def cause_of(error: Exception) -> str:
+    """What an error says, without the name of what failed, for one that names it otherwise.
+
+    >>> cause_of(DecodeError("it is no list", where="state.json, byte 5"))
+    'state.json, byte 5: it is no list'
+    """
+    cause = error.cause if isinstance(error, MigratableError) else error
+    text = str(cause) or repr(error)
+    return f"{error.where}: {text}" if isinstance(error, DecodeError) and error.where else text
 
 
 def _host_bytes() -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 from vmmig import sockets
 from vmmig._native import runs
 from vmmig.adapters.cloud_hypervisor.ram import RamFiles, check_covered, ram_mappings
-from vmmig.adapters.cloud_hypervisor.receiving import url_of
+from vmmig.adapters.cloud_hypervisor.receiving import cause_of, url_of
+from vmmig.codec import read_pieces
 from vmmig.errors import MigratableError, MigrateSendError, MissingExtraError
 from vmmig.formats.cloud_hypervisor import CONFIG, MEMORY, to_parts
 from vmmig.live import MigrationInDoubt
@@ -103,8 +104,7 @@ class _Sender:
             if hand_over:
                 with RamFiles(self.mappings) as files:
                     self.transfer.enter("transferring")
-                    for gpa, view in self._ram():
-                        files.write(gpa, view, self.transfer.advance)
+                    self._fill(files)
                     self._migrate(files.descriptors)
             else:
                 self._migrate({})
@@ -113,8 +113,7 @@ class _Sender:
         except Exception as error:
             if isinstance(error, MigrateSendError) and str(error.cause).startswith(repr(self.url)):
                 raise
-            cause = error.cause if isinstance(error, MigratableError) else error
-            raise self.transfer.failure(cause or repr(error)) from error
+            raise self.transfer.failure(cause_of(error)) from error
         self.transfer.finish()
         return self.transfer.total_bytes or 0
 
@@ -150,11 +149,13 @@ class _Sender:
                 "`vmmig offload snapshot` stored has; give what vm.snapshot wrote to vm.restore"
             ) from error
 
-    def _ram(self) -> Iterator[tuple[int, memoryview]]:
-        """The RAM's pieces, each with its address."""
-        while self.sections:
-            where, section = self.sections.pop(0)
-            yield where.gpa, raw_view(section.snapshot)
+    def _fill(self, files: RamFiles) -> None:
+        """Put the RAM where it goes, without holding it a second time."""
+        for where, section in self.sections:
+            gpa = where.gpa
+            for piece in read_pieces(section):
+                files.write(gpa, piece, self.transfer.advance)
+                gpa += len(piece)
 
     def _migrate(self, descriptors: dict[int, int]) -> None:
         sock = sockets.connect(self.url, timeout_s=self.timeout_s, cancel=self.cancel)
@@ -186,7 +187,9 @@ class _Sender:
 
     def _send_memory(self, link: Link) -> None:
         self.transfer.enter("transferring")
-        for gpa, view in self._ram():
+        while self.sections:
+            where, section = self.sections.pop(0)
+            gpa, view = where.gpa, raw_view(section.snapshot)
             spans = [(start, end) for start, end, is_zero in runs(view) if not is_zero]
             self.transfer.advance(len(view) - sum(end - start for start, end in spans))
             if not spans:
