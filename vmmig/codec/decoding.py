@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from xxhash import xxh3_64_intdigest as checksum
 
-from vmmig.codec.compression import DecompressionInto, zstd
+from vmmig.codec.compression import Decompression, DecompressionInto, zstd
 from vmmig.codec.layout import (
     ALIGNMENT_BYTES,
     CHUNK_BYTES,
@@ -350,7 +350,8 @@ class _Container:
             if frame is None:
                 yield view
             else:
-                yield from map(memoryview, frame.pieces(view))
+                for data in frame.pieces(view):
+                    yield memoryview(data)
         if frame is not None:
             frame.finish()
 
@@ -543,7 +544,7 @@ class _Stream:
             sums += self.take_into(chunk, part)
             try:
                 if error is None:
-                    frame.feed_into(into, chunk)
+                    frame.feed(chunk)
             except DecodeError as refused:
                 error = refused
         return sums, error
