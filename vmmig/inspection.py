@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -538,6 +539,9 @@ def _differing(a: memoryview, b: memoryview, page_bytes: int) -> Iterator[tuple[
         if not memcmp(one + block, two + block, end - block):
             continue
         firsts, others = (_first_words(view[block:end], page_bytes) for view in (a, b))
+        if all(map(operator.ne, firsts, others)):
+            yield block, end - block
+            continue
         for at, x, y in zip(range(block, end, page_bytes), firsts, others, strict=True):
             size = min(page_bytes, length - at)
             if x != y or memcmp(one + at, two + at, size):
