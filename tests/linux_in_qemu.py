@@ -20,7 +20,7 @@ _BUSYBOX = "/bin/busybox"
 _KERNELS = "VMMIG_TEST_KERNELS"
 _INIT = b"""#!/bin/busybox sh
 n=0
-while :; do n=$((n+1)); echo "count $n"; busybox sleep 0.02; done
+while :; do n=$((n+1)); echo "count $n"; read -t 0.03 line; done
 """
 
 

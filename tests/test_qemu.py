@@ -68,20 +68,19 @@ class Running(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qemu]:
-    with linux(tmp_path_factory.mktemp("linux")) as qemu:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    folder = tmp_path_factory.mktemp("linux")
+    path = folder / "vm.vmsnap"
+    with linux(folder) as qemu, Machine(qemu.qmp) as machine:
         qemu.wait_for(5)
-        yield qemu
-
-
-@pytest.fixture(scope="module")
-def saved(booted: Qemu, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    path = tmp_path_factory.mktemp("saved") / "vm.vmsnap"
-    with Machine(booted.qmp) as machine:
         machine.pause()
-        text = booted.read()
-        machine.send(machine.snapshot(), str(path))
+        text = qemu.read()
+        snapshot = machine.snapshot()
+        vmmig.send(snapshot, path)
+        assert machine.snapshot() == snapshot == vmmig.recv(path)
+        assert qemu.read() == text
         machine.resume()
+        Running(qemu, machine, "").counts_on()
     return Saved(path, text)
 
 
@@ -154,30 +153,19 @@ def when_under_way(action: Callable[[], object]) -> Callable[[MigrationStatistic
 # --- stored ---------------------------------------------------------------------------------------
 
 
-def test_linux_goes_on_from_a_file_with_the_next_number(booted: Qemu, tmp_path: Path) -> None:
-    path = tmp_path / "vm.vmsnap"
-    with Machine(booted.qmp) as machine:
-        assert vmmig.verify(machine, vmmig.Migratable) == ()
-        machine.pause()
-        text = booted.read()
-        snapshot = machine.snapshot()
-        vmmig.send(snapshot, path)
-        assert booted.read() == text
-        assert vmmig.recv(path) == snapshot
-        cpu = formats.decode(snapshot, ("cpu",), "state")
-        assert cpu is not None
-        assert "env.eip" in cpu.fields
-        assert machine.snapshot() == snapshot
-        machine.resume()
-        booted.counts_on()
-        assert_gapless(booted.read())
-    with waiting(tmp_path / "there.qmp") as there, Machine(there.qmp) as machine:
-        machine.restore(vmmig.recv(path))
-        assert state(machine) == "paused"
-        assert there.read() == ""
-        machine.resume()
-        there.counts_on()
-        assert_gapless(text + there.read())
+def test_linux_goes_on_from_a_file_with_the_next_number(host: Host, saved: Saved) -> None:
+    snapshot = vmmig.recv(saved.path)
+    cpu = formats.decode(snapshot, ("cpu",), "state")
+    assert cpu is not None
+    assert "env.eip" in cpu.fields
+
+    there, machine = host.waiting()
+    assert vmmig.verify(machine, vmmig.Migratable) == ()
+    machine.restore(snapshot)
+    assert state(machine) == "paused"
+    assert there.read() == ""
+    machine.resume()
+    Running(there, machine, saved.text).counts_on()
 
 
 def test_a_guest_that_runs_is_saved_while_it_runs(host: Host) -> None:
