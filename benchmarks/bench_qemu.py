@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import Any
 
 from benchmarks.timing import medians_s, ms, table
 from vmmig import Snapshot, recv, send
+from vmmig.adapters.qemu import Machine
 from vmmig.formats import qemu
 from vmmig.formats.qemu.pages import plain_records, zero_records
 
@@ -155,25 +154,15 @@ def restore(folder: Path, ram_mib: int, rounds: int) -> None:
         monitor.ask("migrate-incoming", uri="fd:from")
 
     def by_vmmig(monitor: Monitor) -> None:
-        # A socket holds less than a pipe may, so that on a busy machine both sides often wait.
-        theirs, ours = os.pipe()
-        fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, MIB)
-        monitor.ask("getfd", theirs, fdname="from")
-        os.close(theirs)
-
-        def write() -> None:
-            with open(ours, "wb", buffering=0) as file:
-                qemu.write_stream(recv(container, lazily=True), file)
-
-        writing = threading.Thread(target=write)
-        writing.start()
-        monitor.ask("migrate-incoming", uri="fd:from")
-        writing.join()
+        with Machine(folder / "other") as there:
+            there.restore(recv(container, lazily=True))
 
     times: dict[str, list[float]] = {"QEMU, from its stream in a file": [], "vmmig": []}
     for _ in range(rounds):
         for name, start in zip(times, (from_file, by_vmmig), strict=True):
-            with machine(folder, ram_mib, "memory-backend-ram", "-incoming", "defer") as target:
+            other = f"unix:{folder}/other,server=on,wait=off"
+            incoming = ("-incoming", "defer", "-qmp", other)
+            with machine(folder, ram_mib, "memory-backend-ram", *incoming) as target:
                 begin = time.perf_counter()
                 start(target)
                 target.wait()
