@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import s3_server
 from tests.s3_server import BUCKET, SECRET, Proxy, S3Server
-from vmmig import transport
+from vmmig import Snapshot, SnapshotDataSection, send, transport
+from vmmig.cli.commands import vmmig
 from vmmig.codec import RangeReader
 from vmmig.errors import MigratableError, MigrateReceiveError, MigrateSendError, SnapshotError
 from vmmig.transfer import CancelToken, Options, Progress
@@ -375,3 +377,31 @@ def test_nothing_stays_open(server: S3Server) -> None:
         assert bytes(transport.recv(URL, storage_options=server.options)) == b"new"
         before = before or opened()
     assert opened() == before
+
+
+@needs_server
+def test_the_tools_look_inside_what_is_in_s3(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.SECRET)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    vm = Snapshot("vm")
+    vm.add_data_section(SnapshotDataSection("ram", BLOCK * 16))
+    vm.add_data_section(SnapshotDataSection("regs", b'{"rip": 4096}'))
+    send(vm, URL)
+    vm.add_data_section(SnapshotDataSection("regs", b'{"rip": 8192}'))
+    send(vm, tmp_path / "vm.vmsnap")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        done = CliRunner().invoke(vmmig, [*map(str, arguments)])
+        return done.exit_code, done.output
+
+    status, said = run("inspect", URL)
+    assert status == 0
+    assert "rip" in said
+    assert run("verify", URL)[0] == 0
+    status, said = run("diff", URL, tmp_path / "vm.vmsnap")
+    assert status == 1
+    assert "['regs'].rip: 4096 (0x1000) -> 8192 (0x2000)" in said
+    assert "['ram']" not in said
