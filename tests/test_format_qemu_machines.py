@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import vmmig
 from tests.qemu_machines import dirtying_firmware, machine, set_register
 from tests.test_fuzz import changed
-from vmmig.cli.commands import vmmig
+from vmmig.cli.commands import vmmig as command
 from vmmig.errors import DecodeError
 from vmmig.formats import qemu
 from vmmig.snapshot import Snapshot, diff, raw_view
@@ -163,7 +163,7 @@ def test_the_register_that_changed_is_named(tmp_path: Path) -> None:
     assert fields_of(after, "mc146818rtc")["cmos_index"] == 0x0E
     assert {device for device, _ in found} <= {"cpu", "mc146818rtc", "timer", "globalstate"}
     files = [str(tmp_path / "before.qemu"), str(tmp_path / "after.qemu")]
-    said = CliRunner().invoke(vmmig, ["diff", *files])
+    said = CliRunner().invoke(command, ["diff", *files])
     assert said.exit_code == 1
     assert "\n~ $.snapshots['cpu'].snapshot_data['state'].env.regs[3]: 0 -> 48879" in said.output
     assert ".snapshot_data['state'].cmos_index: 15 -> 14\n" in said.output
