@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ import pytest
 from tests import cloud_hypervisor_peer as peer
 from tests.cloud_hypervisor_peer import Vm
 from tests.http_peers import ROOT, serving
+from tests.leaks import nothing_leaks
 from vmmig import recv
 from vmmig.adapters.cloud_hypervisor import CloudHypervisor, offload_snapshot
 from vmmig.adapters.cloud_hypervisor.api import Api, ApiError
@@ -38,11 +38,8 @@ from vmmig.verify import verify
 
 @pytest.fixture(autouse=True)
 def _nothing_leaks() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    yield
-    if (len(os.listdir("/proc/self/fd")), threading.active_count()) != before:
-        gc.collect()
-        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    with nothing_leaks():
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -45,6 +44,7 @@ from tests.cloud_hypervisor_peer import (
     send_fd,
     send_vm,
 )
+from tests.leaks import nothing_leaks
 from vmmig import foreign, recv, send
 from vmmig.adapters.cloud_hypervisor import OffloadReport, offload_restore, offload_snapshot
 from vmmig.adapters.cloud_hypervisor.receiving import Received, receive_vm
@@ -58,12 +58,8 @@ from vmmig.transfer import CancelToken, Progress
 
 @pytest.fixture(autouse=True)
 def _nothing_leaks() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    yield
-    # To collect garbage takes longer than most of the tests.
-    if (len(os.listdir("/proc/self/fd")), threading.active_count()) != before:
-        gc.collect()
-        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    with nothing_leaks():
+        yield
 
 
 @pytest.fixture
