@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -21,13 +23,19 @@ settings.register_profile(
 settings.load_profile("vmmig")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """``VMMIG_TESTS=2/3`` runs the second of three parts of the tests."""
-    part, _, parts = os.environ.get("VMMIG_TESTS", "1/1").partition("/")
-    left_out = [item for i, item in enumerate(items) if i % int(parts) != int(part) - 1]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = items[int(part) - 1 :: int(parts)]
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Of several processes with the same folder ``VMMIG_TESTS``, each test is run by one."""
+    folder = os.environ.get("VMMIG_TESTS")
+    if folder is None:
+        return None
+    claim = hashlib.sha256(item.nodeid.encode()).hexdigest()
+    try:
+        Path(folder, claim).touch(exist_ok=False)
+    except FileExistsError:
+        item.session._setupstate.teardown_exact(nextitem)  # what the next one does not need
+        return True
+    return None
 
 
 @pytest.hookimpl(trylast=True)

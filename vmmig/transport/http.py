@@ -456,7 +456,7 @@ class _Tries:
         self._count += 1
         pause_s = min(0.1 * 2**self._count, _LONGEST_PAUSE_S) * random.uniform(0.5, 1)
         pause_s = max(pause_s, getattr(error, "after_s", 0.0))
-        self._transfer.check()
+        self._check(addition)
         if self._count == _MAX_TRIES or time.monotonic() + pause_s > self._deadline_s:
             raise self._transfer.failure(
                 f"{_explained(error)}; tried {self._count} times{addition}"
@@ -464,7 +464,11 @@ class _Tries:
         wake = threading.Event()
         with self._transfer.cancel.calling(wake.set):
             wake.wait(pause_s)
-        self._transfer.check()
+        self._check(addition)
+
+    def _check(self, addition: str) -> None:
+        if self._transfer.cancel.cancelled:
+            raise self._transfer.failure(f"cancelled{addition}")
 
 
 # Sending
