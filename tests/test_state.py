@@ -23,6 +23,7 @@ from vmmig import (
     DecodeError,
     Length,
     MigratableError,
+    MigrateReceiveError,
     Removed,
     Renamed,
     RestoreError,
@@ -33,6 +34,7 @@ from vmmig import (
     get_state,
     load_state,
     loads,
+    open_ranges,
     put_state,
     recv,
     save_state,
@@ -334,6 +336,49 @@ def test_sections_that_are_missing_or_too_many_are_refused() -> None:
     assert not get_state(saved, Video).frames
     with pytest.raises(RestoreError, match="section 'other'"):
         load_state(saved, Video)
+
+
+def test_what_the_declarations_functions_raise_is_an_error_of_ours() -> None:
+    def fail(*_: object) -> Any:
+        raise AttributeError("no such luck")
+
+    @versioned("test/failing", 1)
+    @attrs.define
+    class Failing:
+        part: Part = subsection(factory=Part, needed=fail)
+
+    with pytest.raises(SnapshotError, match="no such luck"):
+        save_state("c", Failing())
+
+    @versioned("test/failing", 1)
+    @attrs.define
+    class FailingDefault:
+        part: Part = subsection(factory=fail, needed=bool)
+
+    saved = save_state("c", FailingDefault(Part(1)))
+    saved.section("state").snapshot = packed({}, name="test/failing")
+    with pytest.raises(DecodeError, match="no such luck"):
+        load_state(saved, FailingDefault)
+
+
+def test_a_section_that_cannot_be_fetched_is_not_called_damaged() -> None:
+    data = dumps(save_state("video", Video([bytes(1 << 20)])))
+
+    class Server:
+        total_bytes = len(data)
+        is_gone = False
+
+        def read_into(self, start: int, view: memoryview, /) -> None:
+            if self.is_gone:
+                raise MigrateReceiveError("the server is gone")
+            view[:] = data[start : start + len(view)]
+
+    server = Server()
+    saved = open_ranges(server)
+    assert saved.section("state").snapshot
+    server.is_gone = True
+    with pytest.raises(MigrateReceiveError, match="the server is gone"):
+        get_state(saved, Video)
 
 
 def test_a_state_replaces_the_one_before() -> None:

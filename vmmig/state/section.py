@@ -488,8 +488,8 @@ def put_state(snapshot: Snapshot, value: Any, *, section: str = "state") -> None
     except (Misfit, MigratableError) as error:
         cause = error.cause if isinstance(error, MigratableError) else error
         raise SnapshotError(f"state {declared.name!r}: {cause}") from error
-    except (ValueError, OverflowError, TypeError, RecursionError, MemoryError) as error:
-        raise SnapshotError(f"state {declared.name!r} cannot be written: {error}") from error
+    except Exception as error:
+        raise SnapshotError(f"state {declared.name!r} cannot be written: {error!r}") from error
     for id in [id for id in snapshot.snapshot_data if belongs(id, section)]:
         del snapshot.snapshot_data[id]
     for id, payload in sections:
@@ -531,8 +531,11 @@ def get_state(snapshot: Snapshot, cls: type[T], *, section: str = "state") -> T:
             version=version,
             writer=writer,
         ) from (misfit.__cause__ or misfit)
-    except RecursionError as error:
-        raise DecodeError("it nests too deeply", where=f"section {section!r}") from error
+    except MigratableError:
+        raise
+    except Exception as error:
+        what = "it nests too deeply" if isinstance(error, RecursionError) else repr(error)
+        raise DecodeError(what, where=f"section {section!r} of {snapshot.id!r}") from error
 
 
 def _subsection(cls: type[Any], attribute: Any, hints: Mapping[str, Any]) -> _Subsection:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import msgpack
 
-from vmmig.errors import DecodeError
+from vmmig.errors import DecodeError, MigratableError
 from vmmig.snapshot import Buffer, Snapshot, raw_view
 from vmmig.state.types import Misfit
 
@@ -108,9 +108,9 @@ def peek(payload: Buffer) -> Peeked | None:
         )
         if type(fields) is not dict or type(present) is not dict:
             raise Misfit("it has no map of fields")
+        return Peeked(name, version, writer, _without_versions({**fields, **present}))
     except (Misfit, RecursionError) as error:
         raise DecodeError(f"it begins like a state, but: {error}") from error
-    return Peeked(name, version, writer, _without_versions({**fields, **present}))
 
 
 def _without_versions(value: Any) -> Any:
@@ -205,7 +205,7 @@ def _unpack(view: bytes | memoryview, extension: Callable[[int, bytes], Any]) ->
             checker.feed(view)
             checker.skip()
         return msgpack.unpackb(view, strict_map_key=False, ext_hook=extension)
-    except (Misfit, RecursionError):
+    except (Misfit, MigratableError, RecursionError):
         raise
     except Exception as error:
         what = str(error) or type(error).__name__
