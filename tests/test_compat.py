@@ -38,6 +38,16 @@ from vmmig.testing import corpus_breaks, upgrade_breaks
 COLORS = {"RED": 0, "GREEN": 1}
 
 
+SECTORS = Annotated[bytes, Length(9000, 9000)]
+AT_MOST = Annotated[float, Range(max=1)]
+DIGIT = Literal["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
 def enum_of(members: Mapping[str, Any], kind: Any = enum.Enum) -> Any:
     return kind("Color", {**members})
 
@@ -212,6 +222,21 @@ BREAKS: dict[str, tuple[V, V, str]] = {
         {"version": 2, "history": {2: Added("y", 256)}, "y": U8},
         "old on new",
     ),
+    "flags become a number": (
+        {"y": enum_of({"A": 1, "B": 2}, enum.Flag)},
+        {"y": Annotated[int, Range(0, 3)]},
+        "new on old",
+    ),
+    "a field is added that was there": (
+        {},
+        {"version": 2, "history": {2: Added("x", 0)}},
+        "both",
+    ),
+    "an old field is given what does not fit": (
+        {"y": U8},
+        {"version": 2, "history": {2: Removed("y", "none")}},
+        "new on old",
+    ),
     "an undeclared change beside a declared one": (
         {"y": int},
         {"version": 2, "history": {2: Added("z", 0)}, "y": str, "z": int},
@@ -260,12 +285,26 @@ HARMLESS: dict[str, tuple[V, V]] = {
     ),
     "a type changes, and is declared": (
         {"y": Annotated[int, Range(0, 9)]},
-        {"version": 2, "history": {2: Changed(up, down)}, "y": Annotated[str, Length(1, 1)]},
+        {"version": 2, "history": {2: Changed(up, down)}, "y": DIGIT},
     ),
     "several changes in one version": (
         {"y": int},
         {"version": 2, "history": {2: [Renamed("y", "z"), Added("y", "")]}, "z": int, "y": str},
     ),
+    "a tuple is added, and declared": (
+        {},
+        {"version": 2, "history": {2: Added("y", (1, 2))}, "y": tuple[int, int]},
+    ),
+    "a member of an enum is added, and declared": (
+        {},
+        {"version": 2, "history": {2: Added("y", Level.LOW)}, "y": Level},
+    ),
+    "a dict is added, and declared": (
+        {},
+        {"version": 2, "history": {2: Added("y", {1: 2})}, "y": dict[int, int]},
+    ),
+    "long bytes": ({"y": SECTORS}, {"y": SECTORS}),
+    "half a range": ({"y": AT_MOST}, {"y": AT_MOST}),
     "several versions at once": (
         {"y": int},
         {
@@ -337,6 +376,16 @@ def test_what_only_functions_and_validators_know_is_found_by_trying() -> None:
     declare(version=2, history={2: Changed(up, up)}, y=str)
     (problem,) = upgrade_breaks(old)
     assert problem.direction == "new on old"
+
+
+def test_a_way_back_that_fails_is_found() -> None:
+    old = schema_of(declare(y=U8))
+    declare(
+        version=2, history={2: Changed(dict, lambda fields: {"x": 1, "y": fields["typo"]})}, y=U8
+    )
+    (problem,) = upgrade_breaks(old)
+    assert problem.direction == "new on old"
+    assert "typo" in problem.what
 
 
 # Trees
@@ -555,6 +604,23 @@ def test_the_commands_as_a_hook_would_run_them(tmp_path: Path) -> None:
     )
     declared = vmmig("compat", "schema.json", "acme:Serial", cwd=tmp_path)
     assert (declared.returncode, declared.stdout) == (0, "")
+
+    # What one direction is known to break hides nothing of the other.
+    (tmp_path / "acme.py").write_text(
+        OLD.replace(
+            '"serial", 1', '"serial", 2, history={2: Changed(lambda fields: 1 // 0)}'
+        ).replace("import Added", "import Added, Changed")
+    )
+    one_way = vmmig("compat", "schema.json", "acme:Serial", cwd=tmp_path)
+    assert one_way.returncode == 2
+    assert "old on new: serial" in one_way.stdout
+    (tmp_path / "acme.py").write_text("raise SystemExit(0)")
+    assert vmmig("compat", "schema.json", "acme", cwd=tmp_path).returncode == 255
+    (tmp_path / "acme.py").write_text(
+        OLD.replace("mode: int = 0", "mode: int = 0\n    scr: int = 0").replace(
+            '"serial", 1', '"serial", 2, history={2: Added("scr", 0)}'
+        )
+    )
 
     # Over two hops, by what each release said of itself.
     vmmig("schema", "acme", "-o", "second.json", cwd=tmp_path)

@@ -352,6 +352,7 @@ class Receiver:
         self.url = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._last: object = None
         self._accepting = threading.Thread(target=self._accept)
         self._accepting.start()
 
@@ -359,8 +360,11 @@ class Receiver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._accepting.join()
+        with socket.socket() as last:
+            last.bind(("127.0.0.1", 0))
+            self._last = last.getsockname()
+            last.connect(self._listener.getsockname())
+            self._accepting.join()
         self._listener.close()
         for thread in self._threads:
             thread.join()
@@ -368,9 +372,9 @@ class Receiver:
     def _accept(self) -> None:
         is_main = True
         while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
+            sock, peer = self._listener.accept()
+            if peer == self._last:  # so that all who came before have been heard
+                sock.close()
                 return
             self._threads.append(threading.Thread(target=self._serve, args=(sock, is_main)))
             self._threads[-1].start()

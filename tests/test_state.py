@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import subprocess
+import sys
 import tracemalloc
 from typing import Annotated, Any, Literal
 
@@ -86,6 +88,9 @@ TYPES: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "I8": (I8, [-128, 127], [-129, 128, False]),
     "bool": (bool, [True, False], [0, 1, "true", None]),
     "float": (float, [0.0, -1.5, float("inf")], [0, True, "1.0", None]),
+    "bounded twice": (Annotated[U8, Range(min=1)], [1, 255], [0, 256]),
+    "bounded twice, in a list": (list[Annotated[U8, Range(0, 999)]], [[0, 255]], [[256]]),
+    "endless": (Annotated[float, Range(0, float("inf"))], [0.0, 1e300], [-1.0]),
     "bounded float": (Annotated[float, Range(0, 1)], [0.0, 1.0], [-0.1, 1.1, float("nan"), 1]),
     "str": (str, ["", "é", "\0"], [b"", 1, None, ["a"]]),
     "short str": (Annotated[str, Length(1, 3)], ["a", "abc"], ["", "abcd"]),
@@ -245,6 +250,14 @@ def test_declarations_are_checked() -> None:
     with pytest.raises(MigratableError, match="is no state"):
         state_type(Point)
 
+    class Forgotten(Point):
+        z: int = 0
+
+    with pytest.raises(MigratableError, match="no attrs class"):
+        versioned("x", 1)(Forgotten)
+    with pytest.raises(MigratableError, match="arrays of"):
+        holder(npt.NDArray[np.object_])
+
 
 def test_a_class_may_still_refuse() -> None:
     @versioned("test/digit", 1)
@@ -381,6 +394,64 @@ def test_a_section_that_cannot_be_fetched_is_not_called_damaged() -> None:
         get_state(saved, Video)
 
 
+def test_a_section_cannot_be_named_like_those_of_large_bytes() -> None:
+    for section in ("state.cache", "state[0]"):
+        with pytest.raises(MigratableError, match="cannot stand in a section"):
+            save_state("c", Part(), section=section)
+
+
+def test_a_subsection_may_hold_an_array() -> None:
+    @versioned("test/framebuffer", 1)
+    @attrs.define(eq=False)
+    class Framebuffer:
+        pixels: npt.NDArray[np.uint8] = attrs.field(factory=lambda: np.zeros(4, np.uint8))
+
+    @versioned("test/gpu", 1)
+    @attrs.define
+    class Gpu:
+        framebuffer: Framebuffer = subsection(factory=Framebuffer)
+
+    restored = load_state(save_state("gpu", Gpu(Framebuffer(np.ones(4, np.uint8)))), Gpu)
+    assert restored.framebuffer.pixels.tolist() == [1] * 4
+    assert schema_of(Gpu).states["test/gpu"]["subsections"]["framebuffer"]["default"][0] == 1
+
+    @versioned("test/framebuffer", 1)
+    @attrs.define
+    class Compared:
+        pixels: npt.NDArray[np.uint8] = attrs.field(factory=lambda: np.zeros(4, np.uint8))
+
+    @versioned("test/gpu", 1)
+    @attrs.define
+    class ComparedGpu:
+        framebuffer: Compared = subsection(factory=Compared)
+
+    for first in (0, 1):
+        pixels = np.array([first, 0, 0, 0], np.uint8)
+        payload = save_state("gpu", ComparedGpu(Compared(pixels))).section("state").snapshot
+        found = peek(payload)
+        assert found is not None
+        assert ("framebuffer" in found.fields) == bool(first)
+
+
+def test_a_state_that_becomes_a_subsection_goes_back_to_where_it_was() -> None:
+    @versioned("test/moved", 1)
+    @attrs.define
+    class Before:
+        part: Part
+
+    old = schema_of(Before)
+
+    @versioned("test/moved", 2, history={2: Changed(dict, dict)})
+    @attrs.define
+    class After:
+        part: Part = subsection(default=Part(9))
+
+    with writing_versions(old.targets()):
+        saved = save_state("c", After(Part(5)))
+    assert load_state(saved, Before) == Before(Part(5))
+    assert load_state(saved, After) == After(Part(5))
+
+
 def test_a_state_replaces_the_one_before() -> None:
     snapshot = save_state("video", Video([bytes(1 << 16)]))
     put_state(snapshot, Video())
@@ -463,6 +534,23 @@ def test_what_is_promised_takes_no_memory(payload: bytes) -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 8 * len(whole) + 100_000
+
+
+def test_arrays_in_arrays_are_refused_however_deep() -> None:
+    """As one process that crashes takes all tests with it, by another."""
+    inner = msgpack.packb(b"")
+    for _ in range(300):
+        inner = msgpack.packb(msgpack.ExtType(3, inner))
+    payload = b"vmst\x01\x95\xa1c\x01\xa1w\x81\xa1x" + inner + b"\x80"
+    program = (
+        "import sys; from vmmig import RestoreError; from vmmig.state import peek\n"
+        "try: peek(sys.stdin.buffer.read())\n"
+        "except RestoreError as error: print(error)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, input=payload, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"an array is not written as it should be" in done.stdout
 
 
 def test_other_bytes_are_said_to_be_no_state() -> None:

@@ -71,11 +71,13 @@ class Schema:
     def targets(self) -> dict[str, Target]:
         """For `vmmig.state.writing_versions`: what code of this schema can read.
 
-        >>> Schema({}, {"nic": {"version": 2, "subsections": {}}}).targets()
-        {'nic': Target(version=2, subsections=frozenset())}
+        >>> Schema({}, {"nic": {"version": 2, "subsections": {}, "fields": {}}}).targets()
+        {'nic': Target(version=2, subsections=frozenset(), fields=frozenset())}
         """
         return {
-            name: Target(state["version"], frozenset(state["subsections"]))
+            name: Target(
+                state["version"], frozenset(state["subsections"]), frozenset(state["fields"])
+            )
             for name, state in self.states.items()
         }
 
@@ -193,7 +195,16 @@ def schema_of(thing: Any) -> Schema:
             if peeked is not None:
                 if peeked.name not in declared_states():
                     raise MigratableError(f"the class of the state {peeked.name!r} is gone")
-                found.append(declared_states()[peeked.name])
+                state = declared_states()[peeked.name]
+                subsections = state.subsections.keys() & peeked.fields.keys()
+                if state.version != peeked.version or (
+                    state.fields.keys() != peeked.fields.keys() - subsections
+                ):
+                    raise MigratableError(
+                        f"two classes are declared as the state {peeked.name!r}; {state.cls!r} is "
+                        "the later one, and not the one that was saved"
+                    )
+                found.append(state)
         typed = {id for id, name in sections.items() if name is not None}
         # What a state keeps in sections of their own is the state's.
         sections = {
@@ -288,8 +299,14 @@ def _snapshot_of(thing: Any) -> Snapshot:
         ) from error
     if not hasattr(component, "snapshot"):
         raise MigratableError(f"{type(component).__qualname__} has no snapshot(): no component")
-    component.pause()
-    return cast(Snapshot, component.snapshot())
+    try:
+        component.pause()
+        return cast(Snapshot, component.snapshot())
+    except MigratableError:
+        raise
+    except Exception as error:
+        what = f"{type(component).__qualname__} gives no snapshot: {error!r}"
+        raise MigratableError(what) from error
 
 
 def _components(old: Schema, new: Schema, words: str, forward: bool) -> Iterator[Break]:
@@ -383,6 +400,14 @@ def _state(old: Schema, new: Schema, name: str, forward: bool) -> Iterator[Probl
             if "changed" in change:
                 fields = None
                 continue
+            arriving = change.get("added", change.get("to"))
+            if arriving is not None and arriving in fields:
+                yield (
+                    f"{name}.{arriving}",
+                    f"version {step} brings it, but version {step - 1} has such a field already",
+                    f"mend the history of version {step}",
+                )
+                return
             if "added" in change:
                 fields[change["added"]] = (change["default"], False)
                 continue
@@ -395,6 +420,13 @@ def _state(old: Schema, new: Schema, name: str, forward: bool) -> Iterator[Probl
                 )
                 return
             kept = fields.pop(gone)
+            goes_back = "removed" in change and "default" in change and kept[1] and not forward
+            if goes_back and not value_fits(kept[0], change["default"], old.states):
+                yield (
+                    f"{name}.{gone}",
+                    f"what version {step - 1} is given for it, {change['default']!r}, does not fit",
+                    "mend the default",
+                )
             if "renamed" in change:
                 fields[change["to"]] = kept
     if fields is None:
@@ -487,6 +519,8 @@ def _misfits(reader: Json, writer: Json, path: str = "") -> Iterator[tuple[str, 
         yield from _misfits(reader["items"], writer["items"], path + "[]")
         return
     values = _values(writer)
+    if (kind, other) == ("int", "flags"):
+        values = [0, sum({*writer["members"].values()})]
     if values is not None and _values(reader) is None and kind in ("int", "str"):
         for value in values:
             if not value_fits(reader, value, {}):
@@ -599,10 +633,9 @@ def value_fits(kind: Json, value: Any, states: Mapping[str, Json]) -> bool:
     elif name == "none":
         right = value is None
     elif name == "bytes":
-        right = isinstance(value, bytes | memoryview) or (
-            type(value) is dict and value.keys() == {"bytes"}
-        )
-        value = bytes.fromhex(value["bytes"]) if type(value) is dict else value
+        right = isinstance(value, bytes | memoryview)
+        if type(value) is dict and value.keys() == {"bytes"}:
+            right, value = True, bytes.fromhex(value["bytes"])
     elif name in ("enum", "literal"):
         right = any(type(value) is type(v) and value == v for v in _values(kind) or ())
     elif name == "flags":
@@ -619,6 +652,8 @@ def value_fits(kind: Json, value: Any, states: Mapping[str, Json]) -> bool:
             and all(value_fits(k, v, states) for k, v in zip(kind["items"], value, strict=True))
         )
     elif name == "dict":
+        if type(value) is dict and value.keys() == {"pairs"}:
+            value = dict(value["pairs"])
         right = type(value) is dict and all(
             value_fits(kind["keys"], k, states) and value_fits(kind["values"], v, states)
             for k, v in value.items()

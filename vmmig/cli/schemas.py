@@ -96,8 +96,13 @@ def compat(old: str, newer: tuple[str, ...], direction: str, examples: int, as_j
     states are made up for each state of the older ones, and must be taken (extra `testing`).
     """
     fails_with(_FAILED)
-    sides = [_side(name) for name in (old, *newer)]
-    breaks = _unique(_breaks(sides, direction.replace("-", " "), examples))
+    try:
+        sides = [_side(name) for name in (old, *newer)]
+        breaks = _unique(_breaks(sides, direction.replace("-", " "), examples))
+    except MigratableError:
+        raise
+    except Exception as error:
+        raise MigratableError(f"they cannot be compared: {error!r}") from error
     for problem in breaks:
         click.echo(json.dumps(problem._asdict()) if as_json else str(problem))
     sys.exit(min(len(breaks), _MOST))
@@ -140,11 +145,15 @@ def _tried(old: _Side, new: _Side, examples: int) -> list[Break]:
         return [*corpus_breaks(old.corpus, _factory(new.code))]
     assert old.schema is not None
     assert new.schema is not None
-    known = {problem.path.partition(".")[0] for problem in compare(old.schema, new.schema)}
+    found = compare(old.schema, new.schema)
     return [
         problem
         for problem in upgrade_breaks(old.schema, examples=examples)
-        if problem.path not in known and problem.path in new.schema.states
+        if problem.path in new.schema.states
+        and not any(
+            problem.direction == other.direction and f"{other.path}.".startswith(f"{problem.path}.")
+            for other in found
+        )
     ]
 
 
@@ -175,19 +184,18 @@ def _code(target: str) -> Any:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        is_there = find_spec(module) is not None
-    except (ImportError, ValueError):
-        is_there = False
-    if not is_there:
-        raise MigratableError(
-            f"{target!r} is neither a file nor a folder, and there is no module {module!r}"
-        )
-    try:
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
         thing: Any = import_module(module)
         for part in name.split(".") if name else ():
             thing = getattr(thing, part)
     except MigratableError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is not None and f"{module}.".startswith(f"{absent}."):
+            raise MigratableError(
+                f"{target!r} is neither a file nor a folder, and there is no module {module!r}"
+            ) from error
         raise MigratableError(f"{target!r} cannot be loaded: {error!r}") from error
     return thing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, Protocol
@@ -49,6 +50,19 @@ class Change(Protocol):
         ...
 
 
+def _on_the_wire(value: Any) -> Any:
+    """A default as fields stand on the wire."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(map(_on_the_wire, value), key=lambda item: (type(item).__name__, item))
+    if isinstance(value, list | tuple):
+        return [*map(_on_the_wire, value)]
+    if isinstance(value, dict):
+        return {_on_the_wire(key): _on_the_wire(item) for key, item in value.items()}
+    return value
+
+
 @attrs.frozen
 class Added:
     """A field is new; states of older versions get ``default``.
@@ -60,7 +74,7 @@ class Added:
     """
 
     name: str
-    default: Any
+    default: Any = attrs.field(converter=_on_the_wire)
     goes_back = True
 
     def upgrade(self, fields: Fields) -> Fields:
@@ -118,7 +132,7 @@ class Removed:
     """
 
     name: str
-    default: Any = _NOTHING
+    default: Any = attrs.field(default=_NOTHING, converter=_on_the_wire)
 
     @property
     def goes_back(self) -> bool:
@@ -169,7 +183,10 @@ class Changed:
         return self.back(fields)
 
     def describe(self) -> Json:
-        return {"changed": self.forward.__name__, "goes_back": self.goes_back}
+        return {
+            "changed": getattr(self.forward, "__name__", type(self.forward).__name__),
+            "goes_back": self.goes_back,
+        }
 
 
 History = Mapping[int, Change | tuple[Change, ...] | list[Change]]
@@ -186,7 +203,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [*map(plain, value)]
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        if not all(isinstance(key, str) for key in value):
+            return {"pairs": [[plain(key), plain(item)] for key, item in value.items()]}
+        return {key: plain(item) for key, item in value.items()}
+    if type(value).__module__ == "numpy":
+        shape = [*value.shape]
+        return {"dtype": value.dtype.str, "shape": shape, "bytes": value.tobytes().hex()}
     return value
 
 

@@ -7,14 +7,14 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import attrs
 import cattrs
 
 from vmmig.errors import DecodeError, MigratableError, SnapshotError
 from vmmig.snapshot import Snapshot, SnapshotDataSection
-from vmmig.state.history import Change, Fields, History, plain
+from vmmig.state.history import Change, Fields, History, LostError, plain
 from vmmig.state.types import Json, Kind, Misfit, compile_fields, fields_of, hints_of
 from vmmig.state.wire import LargeSections, belongs, pack_state, unpacked
 
@@ -27,13 +27,14 @@ _targets: ContextVar[Mapping[str, Target] | None] = ContextVar("vmmig_state_targ
 
 
 class Target(NamedTuple):
-    """What an older reader knows of a state: its version, and the subsections it has.
+    """What an older reader knows of a state: its version, its subsections and its fields.
 
-    ``subsections`` is None where it is not known which.
+    ``subsections`` and ``fields`` are None where they are not known.
     """
 
     version: int
     subsections: frozenset[str] | None = None
+    fields: frozenset[str] | None = None
 
 
 @attrs.frozen
@@ -206,7 +207,8 @@ class StateType:
                 try:
                     others[name] = sub.type.kind.read(present[name])
                 except Misfit as misfit:
-                    raise misfit.at(f".{name}") from None
+                    misfit.at(f".{name}")
+                    raise
             else:
                 others[name] = sub.default()
         return self._read(fields, others)
@@ -228,20 +230,24 @@ class StateType:
                 try:
                     present[name] = sub.type.kind.write(getattr(value, sub.attribute))
                 except Misfit as misfit:
-                    raise misfit.at(f".{name}") from None
+                    misfit.at(f".{name}")
+                    raise
         targets = _targets.get()
         target = None if targets is None else targets.get(self.name)
         if target is None:
             return [self.version, fields, present]
         fields = self.downgraded(target.version, {**fields, **present})
-        present = {name: fields.pop(name) for name in present if name in fields}
+        needed = [*present]
+        known = needed if target.subsections is None else sorted(target.subsections)
+        present = {name: fields.pop(name) for name in known if name in fields}
         if target.subsections is not None:
-            for name in present:
-                if name not in target.subsections:
-                    raise Misfit(
+            for name in needed:
+                if name in fields and name not in (target.fields or ()):
+                    what = (
                         f"the subsection {name!r} is needed, which the reader of version "
                         f"{target.version} does not know"
                     )
+                    raise Misfit(what) from LostError(what)
         return [target.version, fields, present]
 
     def _structure_nested(self, value: Any) -> Any:
@@ -288,7 +294,7 @@ def versioned(
     names = {**caller.f_globals, **caller.f_locals}
 
     def declare(cls: type[T]) -> type[T]:
-        if not attrs.has(cls):
+        if "__attrs_attrs__" not in vars(cls):
             raise MigratableError(
                 f"{cls.__qualname__} is no attrs class; @attrs.define makes it one"
             )
@@ -320,7 +326,7 @@ def versioned(
         declared = StateType(cls, name, version, changes, minimum, own, names)
         cls.__vmmig_state__ = declared  # type: ignore[attr-defined]
         _STATES[name] = declared
-        return cast(type[T], cls)
+        return cls
 
     return declare
 
@@ -482,6 +488,7 @@ def put_state(snapshot: Snapshot, value: Any, *, section: str = "state") -> None
     ['state']
     """
     declared = state_type(value)
+    _check_id(section)
     try:
         body = declared.converter.unstructure(value)
         sections = pack_state(section, declared.name, declared.writer, body)
@@ -538,17 +545,36 @@ def get_state(snapshot: Snapshot, cls: type[T], *, section: str = "state") -> T:
         raise DecodeError(what, where=f"section {section!r} of {snapshot.id!r}") from error
 
 
+def _check_id(section: str) -> None:
+    if "." in section or "[" in section:
+        raise MigratableError(
+            f"a state cannot stand in a section {section!r}: with '.' and '[' begin those of the "
+            "large bytes of another"
+        )
+
+
 def _subsection(cls: type[Any], attribute: Any, hints: Mapping[str, Any]) -> _Subsection:
     where = f"{cls.__qualname__}.{attribute.name}"
     default = attribute.default
     if default is attrs.NOTHING:
         raise MigratableError(f"{where} is a subsection and needs a default")
+    if isinstance(default, attrs.Factory) and default.takes_self:  # type: ignore[arg-type]
+        raise MigratableError(f"{where} is a subsection: its default must need no other field")
     make = default.factory if isinstance(default, attrs.Factory) else lambda: default  # type: ignore[arg-type]
     options = typing.get_args(hints[attribute.name]) or (hints[attribute.name],)
     states = [option for option in options if option is not type(None)]
     if len(states) != 1 or "__vmmig_state__" not in vars(states[0]):
         raise MigratableError(f"{where} is a subsection: its type must be a state of its own")
+    declared = state_type(states[0])
     needed = attribute.metadata["vmmig.needed"] or (
-        lambda value: getattr(value, attribute.name) != make()
+        lambda value: _differ(declared, getattr(value, attribute.name), make())
     )
-    return _Subsection(attribute.name, state_type(states[0]), make, needed)
+    return _Subsection(attribute.name, declared, make, needed)
+
+
+def _differ(declared: StateType, a: Any, b: Any) -> bool:
+    try:
+        return bool(a != b)
+    except Exception:  # arrays have no truth; their bytes can be compared
+        packed = [pack_state("", "", "", declared.kind.write(each)) for each in (a, b)]
+        return packed[0] != packed[1]

@@ -7,6 +7,7 @@ that nothing is saved that could not be restored.
 from __future__ import annotations
 
 import enum
+import math
 import types
 import typing
 from array import array
@@ -163,8 +164,11 @@ def _kind(annotation: Any) -> Kind:
         if "__vmmig_state__" in vars(annotation):
             nested: Kind = vars(annotation)["__vmmig_state__"].kind
             return nested
-        if attrs.has(annotation):
-            return _class(annotation)
+        if "__attrs_attrs__" in vars(annotation):
+            try:
+                return _class(annotation)
+            except RecursionError as error:
+                raise MigratableError(f"{_name(annotation)} contains itself") from error
     raise MigratableError(
         f"a state cannot hold {_name(annotation)}: what it may be could not be checked. It can "
         "hold int, bool, str, float, bytes, bytearray, memoryview, Buffer, None, enums, Literal, "
@@ -364,7 +368,11 @@ def _limited(kind: Kind, limit: Range | Length) -> Kind:
     sized = kind.json["type"] in ("str", "bytes", "list", "set", "dict")
     if isinstance(limit, Range) != numbers or not (numbers or sized):
         raise MigratableError(f"{limit!r} does not fit a value of type {kind.json['type']}")
-    low, high = limit.min, limit.max
+    bounds = ("min", "max") if numbers else ("min_length", "max_length")
+    before = [kind.json.get(name) for name in bounds]
+    given = [None if bound in (math.inf, -math.inf) else bound for bound in (limit.min, limit.max)]
+    low = max((bound for bound in (before[0], given[0]) if bound is not None), default=None)
+    high = min((bound for bound in (before[1], given[1]) if bound is not None), default=None)
     if isinstance(limit, Range):
         json = {**kind.json, "min": low, "max": high}
         measure, what, suffix = "{}", "", ""
@@ -425,9 +433,9 @@ def _union(kinds: list[Kind]) -> Kind:
             try:
                 return kind.write(value)
             except Misfit as misfit:
-                if first is None or misfit.path:
+                if first is None or misfit.path or misfit.__cause__:
                     first = misfit
-        if first is not None and first.path:
+        if first is not None and (first.path or first.__cause__):
             raise first
         direct = by_type.get(type(value))
         if direct is not None:
@@ -525,7 +533,8 @@ def _each(one: Callable[[Any], Any], kind: Kind) -> Callable[[Any], list[Any]]:
             for item in items:
                 done.append(one(item))
         except Misfit as misfit:
-            raise misfit.at(f"[{len(done)}]") from None
+            misfit.at(f"[{len(done)}]")
+            raise
         return done
 
     return each
@@ -559,7 +568,8 @@ def _tuple(items: list[Kind]) -> Kind:
             for function, item in zip(functions, value, strict=True):
                 done.append(function(item))
         except Misfit as misfit:
-            raise misfit.at(f"[{len(done)}]") from None
+            misfit.at(f"[{len(done)}]")
+            raise
         return done
 
     readers, writers = [kind.read for kind in items], [kind.write for kind in items]
@@ -614,7 +624,8 @@ def _dict(key: Kind, value: Kind) -> Kind:
             try:
                 done.append((one_key(k), one_value(v)))
             except Misfit as misfit:
-                raise misfit.at(f"[{shown(k)}]") from None
+                misfit.at(f"[{shown(k)}]")
+                raise
         return done
 
     def read(items: Any) -> Any:
@@ -639,7 +650,12 @@ def _array(args: tuple[Any, ...]) -> Kind:
     # np.ndarray[shape, dtype[T]]; NDArray[Any] leaves the dtype open.
     inner: Any = typing.get_args(args[1]) if len(args) == 2 else ()
     is_open = not inner or inner[0] is Any or not isinstance(inner[0], type)
-    dtype = None if is_open else numpy.dtype(inner[0])
+    try:
+        dtype = None if is_open else numpy.dtype(inner[0])
+        if dtype is not None and dtype.kind not in "biufc":
+            raise TypeError("it is not one of numbers")
+    except (TypeError, DeprecationWarning) as error:
+        raise MigratableError(f"a state cannot hold arrays of {inner[0]}: {error}") from error
 
     def check(value: Any) -> Any:
         if type(value) is not numpy.ndarray:

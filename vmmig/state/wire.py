@@ -189,8 +189,15 @@ def _extension(large: Callable[[str], Any] | None, lenient: bool, code: int, dat
             raise Misfit(f"it refers to a section {path!r}, and none of its fields can be in one")
         return large(path)
     if code == _ARRAY:
-        return _array(_unpack(memoryview(data), partial(_extension, large, lenient)), lenient)
+        # No array is in an array: msgpack's C code would recurse for it as deep as one likes.
+        return _array(_unpack(memoryview(data), partial(_in_array, large, lenient)), lenient)
     raise Misfit(f"it has an extension {code}, which is not known here")
+
+
+def _in_array(large: Callable[[str], Any] | None, lenient: bool, code: int, data: bytes) -> Any:
+    if code != _REFERENCE:
+        raise Misfit("an array is not written as it should be")
+    return _extension(large, lenient, code, data)
 
 
 _PLAIN = partial(_extension, None, False)
@@ -204,6 +211,7 @@ def _unpack(view: bytes | memoryview, extension: Callable[[int, bytes], Any]) ->
             checker = msgpack.Unpacker(max_buffer_size=len(view))
             checker.feed(view)
             checker.skip()
+            del checker
         return msgpack.unpackb(view, strict_map_key=False, ext_hook=extension)
     except (Misfit, MigratableError, RecursionError):
         raise

@@ -7,12 +7,20 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, find, settings
 from hypothesis import strategies as st
-from hypothesis.errors import InvalidArgument, NoSuchExample
+from hypothesis.errors import InvalidArgument, NoSuchExample, Unsatisfiable
 
 from vmmig.errors import MigratableError
 from vmmig.schema import Break, Schema, body_fits
 from vmmig.snapshot import Snapshot, SnapshotDataSection
-from vmmig.state import StateType, declared_states, get_state, peek, put_state, writing_versions
+from vmmig.state import (
+    LostError,
+    StateType,
+    declared_states,
+    get_state,
+    peek,
+    put_state,
+    writing_versions,
+)
 from vmmig.state.wire import pack_state, unpack_state
 
 _MAX_ITEMS = 8
@@ -179,11 +187,16 @@ def _not_taken_back(schema: Schema, state: StateType, examples: int) -> Iterator
     def written(snapshot: Snapshot) -> list[Any] | None:
         try:
             value = get_state(snapshot, state.cls)
-            with writing_versions(targets):
-                back = Snapshot("")
-                put_state(back, value)
         except MigratableError:
-            return None  # the old version has no place for it, and it was said
+            return None
+        back = Snapshot("")
+        try:
+            with writing_versions(targets):
+                put_state(back, value)
+        except MigratableError as error:
+            if _is_lost(error):
+                return None  # the old version has no place for it, and says so
+            return [str(error.cause)]
         return unpack_state(back, "state")
 
     def is_strange(snapshot: Snapshot) -> bool:
@@ -201,6 +214,14 @@ def _not_taken_back(schema: Schema, state: StateType, examples: int) -> Iterator
         )
 
 
+def _is_lost(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, LostError):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _find(strategy: st.SearchStrategy[Snapshot], condition: Any, examples: int) -> Snapshot | None:
     try:
         return find(
@@ -215,7 +236,7 @@ def _find(strategy: st.SearchStrategy[Snapshot], condition: Any, examples: int) 
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
             ),
         )
-    except NoSuchExample:
+    except (NoSuchExample, Unsatisfiable):
         return None
 
 
@@ -259,7 +280,9 @@ def _values(schema: Schema, kind: dict[str, Any]) -> st.SearchStrategy[Any]:
         # Beyond 64 bits, too, where nothing forbids it.
         return st.integers(kind.get("min"), kind.get("max"))
     if name == "float":
-        return st.floats(kind.get("min"), kind.get("max"), allow_nan="min" not in kind)
+        return st.floats(
+            kind.get("min"), kind.get("max"), allow_nan={"min", "max"}.isdisjoint(kind)
+        )
     if name == "bool":
         return st.booleans()
     if name == "none":
@@ -267,7 +290,9 @@ def _values(schema: Schema, kind: dict[str, Any]) -> st.SearchStrategy[Any]:
     if name == "str":
         return st.text(**size)
     if name == "bytes":
-        return st.binary(**size)
+        most = max(low, 64) if high is None else high
+        lengths = st.integers(low, min(most, low + 64)) | st.just(most if most < 1 << 17 else low)
+        return st.builds(_repeated, lengths, st.binary(min_size=1, max_size=16))
     if name in ("enum", "literal"):
         return st.sampled_from([*kind["members"].values()] if name == "enum" else kind["values"])
     if name == "flags":
@@ -293,6 +318,10 @@ def _values(schema: Schema, kind: dict[str, Any]) -> st.SearchStrategy[Any]:
     raise InvalidArgument(f"the schema has a type {name!r}, which this vmmig does not know")
 
 
+def _repeated(length: int, fill: bytes) -> bytes:
+    return (fill * (length // len(fill) + 1))[:length]
+
+
 def _or(values: set[int]) -> int:
     result = 0
     for value in values:
@@ -309,7 +338,7 @@ def _arrays(dtype: str | None) -> st.SearchStrategy[Any]:
     def array(dtype: str, shape: list[int], fill: bytes) -> Any:
         items = numpy.prod(shape, dtype=int)
         kind = numpy.dtype(dtype)
-        raw = (fill * (items * kind.itemsize // len(fill) + 1))[: items * kind.itemsize]
+        raw = _repeated(items * kind.itemsize, fill)
         if kind.kind == "b":
             raw = bytes(byte & 1 for byte in raw)
         return numpy.frombuffer(raw, kind).reshape(shape)
