@@ -553,6 +553,15 @@ def test_arrays_in_arrays_are_refused_however_deep() -> None:
     assert b"an array is not written as it should be" in done.stdout
 
 
+def test_many_big_ints_of_one_hash_are_refused() -> None:
+    same = {n * ((1 << 61) - 1): None for n in range(1 << 10, 3000)}
+    cls = holder(dict[int, None])
+    with pytest.raises(DecodeError, match="too many big ints"):
+        load_state(having(packed({"value": same})), cls)
+    other = {(1 << 70) + n: None for n in range(3000)}
+    assert load_state(having(packed({"value": other})), cls).value == other
+
+
 def test_other_bytes_are_said_to_be_no_state() -> None:
     assert peek(b"") is peek(b"{}") is None
     for payload in (b"", b'{"version": 1}'):

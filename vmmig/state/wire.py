@@ -23,6 +23,9 @@ MAGIC = b"vmst\x01"
 _LARGE_BYTES = 1 << 16
 _BIG_INT, _REFERENCE, _ARRAY = 1, 2, 3
 _CHECK_BYTES = 1 << 9
+_MAX_OF_ONE_HASH = 64
+
+_Seen = dict[int, set[bytes]] | None
 
 
 def pack_state(section: str, name: str, writer: str, body: Any) -> list[tuple[str, Buffer]]:
@@ -168,7 +171,8 @@ def unpacked(
                 "it is written in a newer format than this vmmig can read; one that can is needed"
             )
         raise Misfit("it is no state: it does not begin like one")
-    hook = _PLAIN if large is None and not lenient else partial(_extension, large, lenient)
+    is_small = len(view) <= _CHECK_BYTES and large is None and not lenient
+    hook = _PLAIN if is_small else partial(_extension, large, lenient, {})
     found = _unpack(view[5:], hook)
     if type(found) is not list or len(found) != 5:
         raise Misfit("it is no array of a name, a version, a writer, fields and subsections")
@@ -177,11 +181,19 @@ def unpacked(
     return found
 
 
-def _extension(large: Callable[[str], Any] | None, lenient: bool, code: int, data: bytes) -> Any:
+def _extension(
+    large: Callable[[str], Any] | None, lenient: bool, seen: _Seen, code: int, data: bytes
+) -> Any:
     if code == _BIG_INT:
         value = int.from_bytes(data, "little", signed=True)
         if -(1 << 63) <= value < 1 << 64 or _int_bytes(value) != data:
             raise Misfit("a big int is not written as it should be")
+        if seen is not None:
+            # As keys of a map, many of one hash take quadratic time.
+            same = seen.setdefault(hash(value), set())
+            same.add(data)
+            if len(same) > _MAX_OF_ONE_HASH:
+                raise Misfit("it has too many big ints that Python's hash takes for the same")
         return value
     if code == _REFERENCE:
         path = data.decode()
@@ -190,17 +202,19 @@ def _extension(large: Callable[[str], Any] | None, lenient: bool, code: int, dat
         return large(path)
     if code == _ARRAY:
         # No array is in an array: msgpack's C code would recurse for it as deep as one likes.
-        return _array(_unpack(memoryview(data), partial(_in_array, large, lenient)), lenient)
+        return _array(_unpack(memoryview(data), partial(_in_array, large, lenient, seen)), lenient)
     raise Misfit(f"it has an extension {code}, which is not known here")
 
 
-def _in_array(large: Callable[[str], Any] | None, lenient: bool, code: int, data: bytes) -> Any:
+def _in_array(
+    large: Callable[[str], Any] | None, lenient: bool, seen: _Seen, code: int, data: bytes
+) -> Any:
     if code != _REFERENCE:
         raise Misfit("an array is not written as it should be")
-    return _extension(large, lenient, code, data)
+    return _extension(large, lenient, seen, code, data)
 
 
-_PLAIN = partial(_extension, None, False)
+_PLAIN = partial(_extension, None, False, None)
 
 
 def _unpack(view: bytes | memoryview, extension: Callable[[int, bytes], Any]) -> Any:
