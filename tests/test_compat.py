@@ -655,3 +655,10 @@ def test_what_cannot_be_compared_is_said_in_one_line(
     assert done.returncode == 255
     assert reason in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_misuse_does_not_look_like_breaks(tmp_path: Path) -> None:
+    for arguments in (["one.json"], ["a", "b", "--nothing"], ["--direction", "up", "a", "b"]):
+        done = vmmig("compat", *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (255, "")
+        assert "Usage: " in done.stderr

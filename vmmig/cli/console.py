@@ -80,8 +80,8 @@ class Group(click.Group):
             ctx.exit(128 + signal.SIGINT)
         except MigratableError as error:
             print_error(error, verbose=ctx.meta.get(_VERBOSE, False))
-            status = 2 if isinstance(error, MissingExtraError) else ctx.meta.get(_FAILURE, 1)
-            ctx.exit(status)
+            usual = 2 if isinstance(error, MissingExtraError) else 1
+            ctx.exit(ctx.meta.get(_FAILURE, usual))
 
 
 def fails_with(status: int) -> None:

@@ -59,7 +59,19 @@ class _Side(NamedTuple):
     code: Any = None
 
 
+class _Counting(click.Command):
+    """A command whose misuse must not look like a number of breaks."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            error.exit_code = _FAILED
+            raise
+
+
 @click.command(
+    cls=_Counting,
     short_help="Say which snapshots would not restore.",
     epilog="""\b
 Examples:
@@ -68,7 +80,7 @@ Examples:
   vmmig compat tests/golden acme.machine:Machine      old snapshots, today's code
 
 \b
-Exit status: the number of breaks, at most 200; 255 if something cannot be read.""",
+Exit status: the number of breaks, at most 200; 255 if it could not compare, or was misused.""",
 )
 @click.argument("old")
 @click.argument("newer", nargs=-1, required=True, metavar="[MIDDLE]... NEW")
