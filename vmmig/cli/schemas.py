@@ -59,6 +59,10 @@ class _Side(NamedTuple):
     code: Any = None
 
 
+class _MisuseError(click.UsageError):
+    exit_code = _FAILED
+
+
 class _Counting(click.Command):
     """A command whose misuse must not look like a number of breaks."""
 
@@ -66,8 +70,7 @@ class _Counting(click.Command):
         try:
             return super().make_context(*args, **kwargs)
         except click.UsageError as error:
-            error.exit_code = _FAILED
-            raise
+            raise _MisuseError(error.format_message(), error.ctx) from error
 
 
 @click.command(
