@@ -227,6 +227,11 @@ BREAKS: dict[str, tuple[V, V, str]] = {
         {"y": Annotated[int, Range(0, 3)]},
         "new on old",
     ),
+    "flags, of which one stands for two, become a number": (
+        {"y": enum_of({"A": 1, "B": 2, "BOTH": 3}, enum.Flag)},
+        {"y": Annotated[int, Range(0, 3)]},
+        "new on old",
+    ),
     "a field is added that was there": (
         {},
         {"version": 2, "history": {2: Added("x", 0)}},

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
@@ -520,7 +522,7 @@ def _misfits(reader: Json, writer: Json, path: str = "") -> Iterator[tuple[str, 
         return
     values = _values(writer)
     if (kind, other) == ("int", "flags"):
-        values = [0, sum({*writer["members"].values()})]
+        values = [0, _mask(writer)]
     if values is not None and _values(reader) is None and kind in ("int", "str"):
         for value in values:
             if not value_fits(reader, value, {}):
@@ -581,13 +583,15 @@ def _values(kind: Json) -> list[Any] | None:
     return kind["values"] if kind["type"] == "literal" else None
 
 
+def _mask(flags: Json) -> int:
+    """All flags of a type; a member may stand for several of them."""
+    return reduce(or_, flags["members"].values(), 0)
+
+
 def _choices(reader: Json, writer: Json, path: str) -> Iterator[tuple[str, str]]:
     if reader["type"] == "flags":
-        mask = 0
-        for value in reader["members"].values():
-            mask |= value
         for name, value in writer["members"].items():
-            if value & ~mask:
+            if value & ~_mask(reader):
                 yield path, f"the flag {name} ({value:#x}) is not known where it is read"
     else:
         known = _values(reader) or []
@@ -639,10 +643,7 @@ def value_fits(kind: Json, value: Any, states: Mapping[str, Json]) -> bool:
     elif name in ("enum", "literal"):
         right = any(type(value) is type(v) and value == v for v in _values(kind) or ())
     elif name == "flags":
-        mask = 0
-        for member in kind["members"].values():
-            mask |= member
-        right = type(value) is int and not value & ~mask
+        right = type(value) is int and not value & ~_mask(kind)
     elif name in ("list", "set"):
         right = _is_list(value) and all(value_fits(kind["items"], v, states) for v in value)
     elif name == "tuple":

@@ -113,7 +113,7 @@ def compat(old: str, newer: tuple[str, ...], direction: str, examples: int, as_j
     fails_with(_FAILED)
     try:
         sides = [_side(name) for name in (old, *newer)]
-        breaks = _unique(_breaks(sides, direction.replace("-", " "), examples))
+        breaks = [*dict.fromkeys(_breaks(sides, direction.replace("-", " "), examples))]
     except MigratableError:
         raise
     except Exception as error:
@@ -144,11 +144,6 @@ def _breaks(sides: list[_Side], direction: Any, examples: int) -> list[Break]:
                 if direction in ("both", problem.direction)
             ]
     return found
-
-
-def _unique(breaks: list[Break]) -> list[Break]:
-    """Without what trying found where comparing had found it: one line for each state."""
-    return [*dict.fromkeys(breaks)]
 
 
 def _tried(old: _Side, new: _Side, examples: int) -> list[Break]:

@@ -101,7 +101,7 @@ class StateType:
         json: Json = {"type": "state", "name": name}
         self.kind = Kind(
             self._structure_nested,
-            self._unstructure_nested,
+            self._body,
             json,
             frozenset([list]),
             has_buffers=self.has_buffers,
@@ -254,9 +254,6 @@ class StateType:
         if type(value) is not list or len(value) != 3:
             raise Misfit(f"a state {self.name!r} is needed, not {type(value).__name__}")
         return self._structure(value, None)
-
-    def _unstructure_nested(self, value: Any) -> Any:
-        return self._body(value)
 
 
 def versioned(

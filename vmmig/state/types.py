@@ -375,10 +375,10 @@ def _limited(kind: Kind, limit: Range | Length) -> Kind:
     high = min((bound for bound in (before[1], given[1]) if bound is not None), default=None)
     if isinstance(limit, Range):
         json = {**kind.json, "min": low, "max": high}
-        measure, what, suffix = "{}", "", ""
+        measure, what = "{}", ""
     else:
         json = {**kind.json, "min_length": low or None, "max_length": high}
-        measure, what, suffix = "len({})", "a length of ", ""
+        measure, what = "len({})", "a length of "
     json = {key: value for key, value in json.items() if value is not None}
     checks = [f"{low!r} <= {measure}"] * (low is not None)
     checks += [f"{measure} <= {high!r}"] * (high is not None)
@@ -386,7 +386,7 @@ def _limited(kind: Kind, limit: Range | Length) -> Kind:
     if low is not None and high is not None:
         test = f"{low!r} <= {measure} <= {high!r}"
     fits: Any = eval(f"lambda value: {test.replace('{}', 'value')}")
-    allowed = f"{'' if low is None else low}..{'' if high is None else high}{suffix}"
+    allowed = f"{'' if low is None else low}..{'' if high is None else high}"
 
     def limited(inner: Callable[[Any], Any], of_result: bool) -> Callable[[Any], Any]:
         def check(value: Any) -> Any:
